@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+# The three jobs on a data set that it makes itself: prepare, train, test with 10 clips.
+demo: $(READY)
+	@echo "== prepare: small clips of six motions, re-encoded and indexed as Kinetics would be"
+	$(BIN)/i3d-gn make-motion-clips data/demo/raw
+	$(BIN)/i3d-gn resize data/demo/raw data/demo/videos --short-side 80
+	$(BIN)/i3d-gn index data/demo/videos/train data/demo/train.parquet
+	$(BIN)/i3d-gn index data/demo/videos/val data/demo/val.parquet --label-map data/demo/train.parquet
+	@echo "== train and test: group norm, at 2 clips per batch"
+	$(BIN)/i3d-gn train configs/demo.yaml
+	$(BIN)/i3d-gn evaluate configs/demo.yaml
+	@echo "== the same with batch norm"
+	$(BIN)/i3d-gn train configs/demo.yaml model.norm=bn output_dir=runs/demo_bn
+	$(BIN)/i3d-gn evaluate configs/demo.yaml model.norm=bn output_dir=runs/demo_bn
+	@echo "== the same with group norm, but every clip is one frame repeated: no motion to see"
+	$(BIN)/i3d-gn train configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
+	$(BIN)/i3d-gn evaluate configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
+	@echo "== result"
+	$(BIN)/i3d-gn report runs/demo runs/demo_bn runs/demo_one_frame --out runs/demo_curves.png
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: $(READY) lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,360 @@
+"""Time to have the frames of a clip, ours against other decoders, and whether they are right.
+
+    python benchmarks/bench_decode.py [--quick] [--json PATH] [--markdown PATH]
+
+Protocol: each decoder lives in a process of its own, all held to the same core, and one process
+works at a time. The same jobs (video, start, scale, crop, flip) go round all decoders before the
+next job, so that a noisy neighbour hits all alike. Reported is the median over the jobs, after one
+warm-up job. ``wrong`` counts returned frames that look less like the frame asked for than like a
+neighbour of it in a sequential decode. ``peak`` is the memory a decoder's process needed beyond
+what it held before the case. ``tuned`` repeats the case with glibc told to keep freed memory
+(MALLOC_MMAP_MAX_=0 and large trim threshold and top pad), alike for all.
+
+Decoders that are not installed are left out, and named. OpenCV, which is no dependency, may be
+put on PYTHONPATH.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from decode_peers import PEERS, Job, cut, library_path_for_torchcodec
+
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+# Name: frames, height, width, options of x264.
+GENERATED: dict[str, tuple[int, int, int, dict[str, str]]] = {
+    "340x256 gop12": (300, 256, 340, {"g": "12"}),
+    "340x256 gop250": (300, 256, 340, {"g": "250"}),
+    "340x256 training encode": (300, 256, 340, {"g": "32", "tune": "fastdecode"}),
+    "1280x720 gop12": (300, 720, 1280, {"g": "12"}),
+    "1280x720 gop250": (300, 720, 1280, {"g": "250"}),
+}
+# File and work of a quick run, and the number of jobs.
+QUICK_FRAMES = 160
+QUICK = {
+    ("340x256 gop250", "32x2 clip"): 5,
+    ("340x256 training encode", "32x2 clip"): 5,
+    ("340x256 gop250", "10-clip test"): 1,
+}
+
+# Name: clips (0: one at a random start, with the training augmentation), frames, stride.
+WORK = {"32x2 clip": (0, 32, 2), "64x1 clip": (0, 64, 1), "10-clip test": (10, 32, 2)}
+
+
+def generate_video(path: Path, num_frames: int, height: int, width: int, options: dict) -> None:
+    """A textured scene that pans and zooms, with things that move in it, as H.264."""
+    import av
+
+    rng = np.random.default_rng(0)
+    scene = np.zeros((height * 2, width * 2, 3))
+    for cell in (4, 16, 64):
+        coarse = rng.normal(size=(scene.shape[0] // cell + 2, scene.shape[1] // cell + 2, 3))
+        fine = coarse.repeat(cell, 0).repeat(cell, 1)[: scene.shape[0], : scene.shape[1]]
+        scene += fine * cell**0.5 * (0.4 * fine.mean(2, keepdims=True) + 1)
+    scene = np.clip(128 + 9 * scene, 0, 255).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "23", **options})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for t in range(num_frames):
+            top = round(height / 2 * (1 + np.sin(t / 40)))
+            left = round(width / 2 * (1 + np.cos(t / 55)))
+            pixels = scene[top : top + height, left : left + width].copy()
+            size = height // 4
+            row, column = (7 * t) % (height - size), (5 * t) % (width - size)
+            pixels[row : row + size, column : column + size] = 255 - scene[:size, :size]
+            pixels += rng.integers(0, 6, (height, width, 1), dtype=np.uint8) * (pixels < 250)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+
+
+def make_jobs(paths: list[Path], work: str, count: int) -> list[Job]:
+    """The same jobs for every decoder, a function of the file names alone."""
+    from i3d_gn.data.clips import clip_indices, random_start, spaced_starts
+    from i3d_gn.data.decode import probe_video
+    from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
+
+    num_clips, num_frames, stride = WORK[work]
+    rng = np.random.default_rng(0)
+    jobs = []
+    for number in range(count):
+        path = paths[number % len(paths)]
+        info = probe_video(path)
+        length = info.num_frames
+        if num_clips:
+            starts = spaced_starts(
+                length,
+                num_clips=num_clips,
+                num_frames=num_frames,
+                stride=stride,
+                spacing="nonlocal",
+            ).tolist()
+            plan, _ = evaluation_crops(info.height, info.width, short_side=256, mode="full")
+        else:
+            starts = [random_start(length, num_frames=num_frames, stride=stride, rng=rng)]
+            plan = random_crop_plan(
+                info.height,
+                info.width,
+                short_side=(256, 320),
+                crop_size=224,
+                flip_probability=0.5,
+                rng=rng,
+            )
+        clips = [
+            clip_indices(start, num_frames=num_frames, stride=stride, video_length=length)
+            for start in starts
+        ]
+        jobs.append(
+            Job(
+                path=str(path),
+                fps=info.fps,
+                clips=np.stack(clips),
+                resize=(plan.resize_height, plan.resize_width),
+                crop=(plan.top, plan.left, plan.height, plan.width),
+                flip=plan.flip,
+            )
+        )
+    return jobs
+
+
+def thumbnails(frames: np.ndarray) -> np.ndarray:
+    """Means over 16 x 16 pixels: enough to tell frames apart, whatever the resize filter."""
+    frames = np.asarray(frames)
+    height, width = (n // 16 * 16 for n in frames.shape[1:3])
+    blocks = frames[:, :height, :width].reshape(len(frames), height // 16, 16, width // 16, 16, 3)
+    return blocks.mean((2, 4), dtype=np.float32)
+
+
+def sequential_thumbnails(job: Job) -> np.ndarray:
+    """Thumbnails of all frames by a plain sequential decode."""
+    import av
+
+    height, width = job.resize
+    with av.open(job.path) as container:
+        container.streams.video[0].thread_type = "NONE"
+        return np.concatenate(
+            [
+                thumbnails(cut(f.to_ndarray(format="rgb24", width=width, height=height)[None], job))
+                for f in container.decode(video=0)
+            ]
+        )
+
+
+def count_wrong(job: Job, got: list[np.ndarray], truth: np.ndarray) -> int:
+    """Frames that are nearer to another frame of the video than to the one asked for."""
+    wrong = 0
+    for indices, clip in zip(job.clips, got, strict=True):
+        if len(clip) != len(indices):
+            wrong += len(indices)
+            continue
+        for index, thumbnail in zip(indices, clip, strict=True):
+            near = truth[max(0, index - 12) : index + 13]
+            distances = np.abs(near - thumbnail).mean((1, 2, 3))
+            # A still scene has frames that cannot be told apart by their thumbnails.
+            wrong += distances.min() + 0.05 < distances[min(index, 12)]
+    return wrong
+
+
+def serve(name: str, connection) -> None:
+    """The process of one decoder: answer jobs until told to stop."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core holds all to one thread
+    try:
+        run = PEERS[name]()
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
+    except (ImportError, OSError, RuntimeError) as error:
+        connection.send(str(error).strip().splitlines()[0])
+        return
+    connection.send(None)
+    baseline = 0
+    while (order := connection.recv()) is not None:
+        job, wants_thumbnails, is_new_case = order
+        if is_new_case:
+            baseline = memory_kilobytes("VmRSS")
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        started = time.perf_counter()
+        clips = run(job)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        peak = (memory_kilobytes("VmHWM") - baseline) / 1024
+        shown = [thumbnails(np.asarray(c)) for c in clips] if wants_thumbnails else None
+        del clips
+        connection.send((milliseconds, peak, shown))
+
+
+def memory_kilobytes(field: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that hold for the processes started inside."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class Server:
+    """A decoder in its own process."""
+
+    def __init__(self, name: str, variables: dict[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, far_end = context.Pipe()
+        with environment({"OMP_NUM_THREADS": "1", **variables}):
+            self._process = context.Process(target=serve, args=(name, far_end), daemon=True)
+            self._process.start()
+        far_end.close()
+
+    def why_missing(self) -> str | None:
+        """Why the decoder cannot be used, or ``None``; to be asked once."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            return "its process died"
+
+    def ask(self, job: Job, *, wants_thumbnails: bool, is_new_case: bool):
+        """Milliseconds, peak memory in MB, and thumbnails of the clips if wanted."""
+        self.connection.send((job, wants_thumbnails, is_new_case))
+        return self.connection.recv()
+
+    def stop(self) -> None:
+        """End the process."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self._process.join()
+
+
+def run_case(servers: dict[str, Server], jobs: list[Job]) -> dict[str, dict]:
+    """Each job by each decoder in turn; the first job, also checked, warms up."""
+    times: dict[str, list[float]] = {name: [] for name in servers}
+    wrong = dict.fromkeys(servers, 0)
+    peaks = dict.fromkeys(servers, 0.0)
+    truths: dict[tuple, np.ndarray] = {}
+    for number, job in enumerate([jobs[0], *jobs]):
+        for name, server in servers.items():
+            milliseconds, peak, shown = server.ask(
+                job, wants_thumbnails=number > 0, is_new_case=number == 0
+            )
+            if number == 0:
+                continue
+            key = (job.path, job.resize, job.crop, job.flip)
+            if key not in truths:
+                truths[key] = sequential_thumbnails(job)
+            times[name].append(milliseconds)
+            peaks[name] = max(peaks[name], peak)
+            wrong[name] += int(count_wrong(job, shown, truths[key]))
+    return {
+        name: {
+            "ms": round(statistics.median(times[name]), 2),
+            "frames_wrong": wrong[name],
+            "frames": sum(job.clips.size for job in jobs),
+            "peak_mb": round(peaks[name], 1),
+        }
+        for name in servers
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table per case; the last column is the peer's time over ours."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        ours = next(row["ms"] for row in mine if row["peer"] == "i3d_gn")
+        lines += [f"\n### {case}\n", "| decoder | ms | wrong | peak MB | over ours |"]
+        lines.append("|---|---|---|---|---|")
+        for row in sorted(mine, key=lambda row: row["ms"]):
+            lines.append(
+                f"| {row['peer']} | {row['ms']:.1f} | {row['frames_wrong']} of {row['frames']} "
+                f"| {row['peak_mb']:.0f} | {row['ms'] / ours:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    import av
+
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+        return f"{model}, Python {platform.python_version()}, PyAV {av.__version__}"
+    return f"{platform.processor()}, Python {platform.python_version()}, PyAV {av.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="two files, 5 jobs, no tuned allocator"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--repeats", type=int, default=5, help="jobs per case")
+    arguments = parser.parse_args()
+
+    allocators = {"": {}} if arguments.quick else {"": {}, ", tuned": TUNED_ALLOCATOR}
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        videos: dict[str, list[Path]] = {}
+        for name in dict.fromkeys(n for n, _ in QUICK) if arguments.quick else GENERATED:
+            videos[name] = [Path(folder) / f"{name.replace(' ', '-')}.mp4"]
+            num_frames, height, width, options = GENERATED[name]
+            num_frames = QUICK_FRAMES if arguments.quick else num_frames
+            generate_video(videos[name][0], num_frames, height, width, options)
+        real = Path(__file__).resolve().parents[2] / "shared/data/kinetics_tiny/train"
+        if real.is_dir() and not arguments.quick:
+            videos["kinetics_tiny"] = sorted(real.glob("*.mp4"))[::3]
+
+        for allocator, variables in allocators.items():
+            servers = {}
+            for peer in PEERS:
+                if arguments.quick and peer == "pytorchvideo_decord":
+                    continue
+                more = dict(variables)
+                if peer == "torchcodec":
+                    more["LD_LIBRARY_PATH"] = library_path_for_torchcodec()
+                servers[peer] = Server(peer, more)
+            for peer in list(servers):
+                if why := servers[peer].why_missing():
+                    print(f"{peer} is left out: {why}")
+                    del servers[peer]
+            for name, paths in videos.items():
+                for work in WORK:
+                    if arguments.quick and (name, work) not in QUICK:
+                        continue
+                    count = QUICK[name, work] if arguments.quick else arguments.repeats
+                    count = max(count, len(paths))
+                    case = f"{name}, {work}{allocator}"
+                    measured = run_case(servers, make_jobs(paths, work, count))
+                    rows += [{"case": case, "peer": p, **row} for p, row in measured.items()]
+                    print(markdown([row for row in rows if row["case"] == case]), flush=True)
+            for server in servers.values():
+                server.stop()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(f"{machine()}\n{markdown(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Clips per second of a whole loader, ours against others, and how well workers scale.
+
+    python benchmarks/bench_loader.py [--quick] [--json PATH] [--workers N]
+
+Protocol: training clips of 32 frames at stride 2 (short side 256 to 320, crop 224) in batches of 4,
+decoded by one process without workers, then by a `torch.utils.data.DataLoader` with N workers, each
+on one thread. Ours is the package's own dataset and loader. A peer is its decoder, used as in
+`decode_peers.py`, in the dataset that its user would write. All take their turn in each repeat;
+figures are medians over the repeats. `ms` is per clip; `scaling` is the loader's rate over N times
+the rate of one process. `peak_mb` is the largest resident memory of one process among the workers.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_decode import GENERATED, generate_video, machine, make_jobs, memory_kilobytes
+from decode_peers import PEERS, Job, library_path_for_torchcodec
+from torch.utils.data import DataLoader, Dataset
+
+from i3d_gn.data.decode import probe_video
+from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
+from i3d_gn.data.kinetics import RandomClips, Stream
+from i3d_gn.data.loader import ShuffledMicroBatches, clip_loader
+
+BATCH = 4
+
+
+class PeerClips(Dataset):
+    """The clips of some jobs, by one decoder."""
+
+    def __init__(self, peer: str, jobs: list[Job]) -> None:
+        self.peer = peer
+        self.jobs = jobs
+        self._run = None
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if self._run is None:  # decoders are opened in the worker
+            self._run = PEERS[self.peer]()
+        (clip,) = self._run(self.jobs[number])
+        return torch.from_numpy(np.ascontiguousarray(clip))
+
+
+def make_index(folder: Path, videos: list[Path]) -> VideoIndex:
+    records = []
+    for path in videos:
+        info = probe_video(path)
+        records.append(
+            VideoRecord(
+                path=path.name, label=0, num_frames=info.num_frames, fps=info.fps,
+                duration_seconds=info.duration_seconds, width=info.width, height=info.height,
+            )
+        )  # fmt: skip
+    write_index(folder / "index.parquet", records, class_names=["any"], root=videos[0].parent)
+    return VideoIndex.load(folder / "index.parquet")
+
+
+def loader_of(peer: str, index: VideoIndex, jobs: list[Job], *, workers: int, repeat: int):
+    """Batches of the same number of clips, by the peer's loader."""
+    if peer != "i3d_gn":
+        return DataLoader(PeerClips(peer, jobs), batch_size=BATCH, num_workers=workers)
+    clips = RandomClips(
+        index, num_frames=32, stride=2, short_side=(256, 320), crop_size=224,
+        flip_probability=0.5, backend="pyav", seed=repeat, stream=Stream.TRAIN_CLIP,
+    )  # fmt: skip
+    order = ShuffledMicroBatches(
+        len(index), seed=repeat, global_batch_size=BATCH, clips_per_gpu=BATCH, rank=0,
+        world_size=1, first_step=0, last_step=len(jobs) // BATCH,
+    )  # fmt: skip
+    return clip_loader(clips, order, num_workers=workers, pin_memory=False)
+
+
+def measure(loader, *, skip: int) -> tuple[float, float | None]:
+    """Milliseconds per clip from the arrival of batch `skip` on, and a worker's peak memory, MB."""
+    started, clips, peak = 0.0, 0, None
+    batches = iter(loader)
+    workers = [worker.pid for worker in getattr(batches, "_workers", [])]
+    for number in range(len(loader)):
+        batch = next(batches)
+        clips += len(batch[0]) if isinstance(batch, tuple) else len(batch)
+        if number == skip:
+            started, clips = time.perf_counter(), 0
+    milliseconds = 1e3 * (time.perf_counter() - started) / clips
+    if workers:
+        peak = max(memory_kilobytes("VmHWM", process=pid) for pid in workers) / 1024
+    return milliseconds, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer peers, clips and repeats")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    if "FFMPEG_OF_PYAV" not in os.environ:  # the loader of libraries reads it at start alone
+        path = library_path_for_torchcodec()
+        environment = {**os.environ, "LD_LIBRARY_PATH": path, "FFMPEG_OF_PYAV": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    torch.set_num_threads(1)
+
+    name = "340x256 gop250"
+    peers = ["i3d_gn", "torchcodec", "decord"]
+    peers += [] if arguments.quick else ["pytorchvideo_pyav"]
+    repeats, count = (2, 40) if arguments.quick else (5, 64)
+    times: dict[tuple[str, int], list[float]] = {}
+    peaks: dict[tuple[str, int], float | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        generate_video(path, *GENERATED[name])
+        index = make_index(Path(folder), [path])
+        jobs = make_jobs([path], "32x2 clip", count)
+        for repeat in range(repeats):
+            for peer in list(peers):
+                for workers in (0, arguments.workers):
+                    loader = loader_of(peer, index, jobs, workers=workers, repeat=repeat)
+                    # Workers start with their prefetched batches; let those pass.
+                    skip = 2 * workers if workers else 0
+                    try:
+                        milliseconds, peak = measure(loader, skip=skip)
+                    except (ImportError, OSError, RuntimeError) as error:
+                        print(f"{peer} is left out: {str(error).splitlines()[0]}")
+                        peers.remove(peer)
+                        break
+                    times.setdefault((peer, workers), []).append(milliseconds)
+                    peaks[peer, workers] = peak
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rows = []
+    print(f"{machine()}, {os.cpu_count()} cores\n")
+    print(f"| loader | one process, ms/clip | {arguments.workers} workers, ms/clip | scaling |")
+    print("|---|---|---|---|")
+    for peer in peers:
+        alone, together = medians[peer, 0], medians[peer, arguments.workers]
+        scaling = alone / together / arguments.workers
+        print(f"| {peer} | {alone:.1f} | {together:.1f} | {100 * scaling:.0f} % |")
+        for workers, value in ((0, alone), (arguments.workers, together)):
+            rows.append(
+                {
+                    "case": f"{name}, 32x2 clip, {workers or 'no'} workers",
+                    "peer": peer,
+                    "ms": round(value, 2),
+                    "frames_wrong": None,  # counted by bench_decode.py
+                    "peak_mb": peaks[peer, workers],
+                }
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

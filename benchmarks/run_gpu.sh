@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under 8 minutes: tests on the device, then the two benchmarks.
+#
+#   benchmarks/run_gpu.sh [FOLDER]      results go to FOLDER, benchmarks/results by default
+#
+# Needs nothing but this checkout, PyTorch >= 2.11 with Triton, and pytest; pytorchvideo adds peers.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results="${1:-benchmarks/results}"
+mkdir -p "$results"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python="${PYTHON:-python3}"
+failed=0
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)' || exit 1
+# Without the configuration of tests/ (its fixtures need packages that a bare GPU machine lacks).
+timeout 200 "$python" -m pytest -q --noconftest -p no:cacheprovider -o addopts=--import-mode=importlib \
+    tests/norm/test_fused.py 2>&1 | tee "$results/gpu_tests.log" || failed=1
+timeout 130 "$python" benchmarks/bench_norm.py \
+    --json "$results/norm_gpu.json" --markdown "$results/norm_gpu.md" || failed=1
+timeout 150 "$python" benchmarks/bench_train_step.py \
+    --json "$results/train_step_gpu.json" --markdown "$results/train_step_gpu.md" || failed=1
+exit "$failed"

@@ -1,0 +1,261 @@
+"""Read the lists of videos that people have, whatever their format, into one form.
+
+    source                      a video is named by          its label
+    official Kinetics CSV       youtube_id and its segment   name, none in the test list
+    JSON of 3D-ResNets-PyTorch  its key in ``database``      name
+    CSV with ``path,label``     path                         name or id
+    ``path label`` list         path                         name or id, after the last space
+    folder of class folders     where it lies                name of the folder
+
+Nothing here looks at a video, or whether it exists, except that a folder is its own list.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.class_names import Label
+from data_tools.files import find_videos, is_video_name
+
+_SPLITS = {"training": "train", "validation": "val", "validate": "val", "testing": "test"}
+_INTEGER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedVideo:
+    """One entry of a list.
+
+    ``name`` is a path where ``is_path``, absolute or relative to the folder of videos; otherwise
+    the video is some file that is called ``name`` or ``video_id`` before its extension.
+    ``where`` is the place in the list (``val.csv:17``), for messages.
+    """
+
+    name: str
+    label: Label
+    where: str
+    is_path: bool
+    video_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """A list as read.
+
+    ``kind`` names the format found, ``further_class_names`` are classes that the source knows of
+    beyond those of ``videos``.
+    """
+
+    kind: str
+    videos: list[ListedVideo]
+    further_class_names: tuple[str, ...] = ()
+
+
+def read_annotations(source: Path, *, split: str | None = None) -> Annotations:
+    """Read ``source`` in the format that it is found to have.
+
+    ``split`` (train, val, test, or as the source spells it) selects among the splits of an
+    official CSV or JSON, and must be given if there is more than one.
+
+    Raises ``ValueError``, naming the line, for anything malformed, and for a source without videos.
+    """
+    if source.is_dir():
+        annotations = _read_class_folders(source)
+    elif not source.is_file():
+        raise ValueError(f"there is no list or folder {source}")
+    elif source.suffix.lower() == ".json":
+        annotations = _read_json(source, split=split)
+    else:
+        annotations = _read_text(source, split=split)
+    if not annotations.videos:
+        raise ValueError(f"{source} ({annotations.kind}) lists no video")
+    return annotations
+
+
+def _read_text(source: Path, *, split: str | None) -> Annotations:
+    try:
+        text = source.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is no text file in UTF-8: {error}") from None
+    first_line = next((line for line in text.splitlines() if line.strip()), "")
+    header = {name.strip() for name in next(csv.reader([first_line]), [])}
+    if "youtube_id" in header:
+        return _read_official_csv(source, text, split=split)
+    if split is not None:
+        raise ValueError(f"{source} has no splits to select {split!r} from; leave out --split")
+    if {"path", "label"} <= header:
+        return _read_path_label_csv(source, text)
+    return _read_path_label_list(source, text)
+
+
+def _read_official_csv(source: Path, text: str, *, split: str | None) -> Annotations:
+    """``label,youtube_id,time_start,time_end,split[,is_cc]``; the test list has no label."""
+    videos, splits = [], []
+    for where, row in _csv_rows(source, text, required=("youtube_id", "time_start", "time_end")):
+        youtube_id = row["youtube_id"]
+        try:
+            start, end = int(row["time_start"]), int(row["time_end"])
+        except ValueError:
+            raise ValueError(
+                f"{where}: time_start and time_end must be whole seconds, not "
+                f"{row['time_start']!r} and {row['time_end']!r}"
+            ) from None
+        videos.append(
+            ListedVideo(
+                name=f"{youtube_id}_{start:06d}_{end:06d}",
+                video_id=youtube_id,
+                label=row.get("label") or None,
+                where=where,
+                is_path=False,
+            )
+        )
+        splits.append(row.get("split") or "")
+    return Annotations(
+        kind="official Kinetics CSV", videos=_of_split(source, videos, splits, split=split)
+    )
+
+
+def _read_json(source: Path, *, split: str | None) -> Annotations:
+    """``{"labels": [...], "database": {key: {"subset": ..., "annotations": {"label": ...}}}}``."""
+    try:
+        document = json.loads(source.read_text("utf-8-sig"))
+        database = document["database"]
+        videos, splits = [], []
+        for key, entry in database.items():
+            videos.append(
+                ListedVideo(
+                    name=key,
+                    video_id=split_segment_name(key),
+                    label=(entry.get("annotations") or {}).get("label"),
+                    where=f"{source.name}: {key}",
+                    is_path=False,
+                )
+            )
+            splits.append(entry["subset"])
+        further_names = tuple(document.get("labels", ()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{source} is not in the JSON form of 3D-ResNets-PyTorch "
+            f"(database -> id -> subset, annotations.label): {type(error).__name__}: {error}"
+        ) from error
+    return Annotations(
+        kind="3D-ResNets JSON",
+        videos=_of_split(source, videos, splits, split=split),
+        further_class_names=further_names,
+    )
+
+
+def _read_path_label_csv(source: Path, text: str) -> Annotations:
+    videos = [
+        ListedVideo(name=row["path"], label=_label(row["label"]), where=where, is_path=True)
+        for where, row in _csv_rows(source, text, required=("path", "label"))
+    ]
+    return Annotations(kind="CSV with path,label", videos=videos)
+
+
+def _read_path_label_list(source: Path, text: str) -> Annotations:
+    """``path label`` lines of mmaction2, PySlowFast and [NL]; ``path`` alone has no label.
+
+    The path may hold spaces, so the label is what follows the last one. Lines of ``path,label``
+    without a header are taken too.
+    """
+    videos = []
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line:
+            continue
+        where = f"{source.name}:{number}"
+        if is_video_name(line):
+            path, label = line, ""
+        else:
+            parts = line.rsplit("," if _COMMA_BEFORE_LABEL.search(line) else None, 1)
+            if len(parts) < 2:
+                raise ValueError(
+                    f"{where}: {line!r} is neither `path label` nor the path of a video; "
+                    "known formats are listed by --help"
+                )
+            path, label = parts[0].rstrip(), parts[1]
+        videos.append(ListedVideo(name=path, label=_label(label), where=where, is_path=True))
+    return Annotations(kind="`path label` list", videos=videos)
+
+
+# `clip.mp4,3`: the comma directly follows an extension. In `a, b.mp4 3` it does not.
+_COMMA_BEFORE_LABEL = re.compile(r"\.\w{2,4},[^,/]+$")
+
+
+def _read_class_folders(root: Path) -> Annotations:
+    """``root/<class>/.../<video>``.
+
+    A folder without videos is a class too: ids must not depend on which videos happen to be there.
+    """
+    classes = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+    videos = [
+        ListedVideo(
+            name=path, label=path.partition("/")[0], where=f"folder {root.name}", is_path=True
+        )
+        for path in find_videos(root)
+        if "/" in path
+    ]
+    if not videos:
+        raise ValueError(
+            f"{root} has no class folders with videos in them (expected <class>/<video>.mp4); for "
+            "a flat folder give the list as source and the folder as --videos"
+        )
+    return Annotations(kind="class folders", videos=videos, further_class_names=tuple(classes))
+
+
+def split_segment_name(stem: str) -> str:
+    """The YouTube id in a file's stem ``<id>_<start:06d>_<end:06d>``, or the whole stem."""
+    match = _SEGMENT_NAME.fullmatch(stem)
+    return match["id"] if match else stem
+
+
+# Ids may contain and begin with "_" and "-", hence the anchoring at the end.
+_SEGMENT_NAME = re.compile(r"(?P<id>.+)_\d{6}_\d{6}")
+
+
+def _csv_rows(
+    source: Path, text: str, *, required: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as dictionaries, stripped, each with its place; blank lines are skipped."""
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    for row in reader:
+        where = f"{source.name}:{reader.line_num}"
+        if None in row or any(value is None for value in row.values()):
+            raise ValueError(
+                f"{where}: expected the {len(reader.fieldnames)} fields "
+                f"{','.join(reader.fieldnames)}; a name with a comma must be quoted"
+            )
+        stripped = {name: value.strip() for name, value in row.items()}
+        for name in required:
+            if not stripped.get(name):
+                raise ValueError(f"{where}: field {name} is missing or empty")
+        yield where, stripped
+
+
+def _of_split(
+    source: Path, videos: list[ListedVideo], splits: list[str], *, split: str | None
+) -> list[ListedVideo]:
+    present = sorted(set(splits))
+    if split is None:
+        if len(present) > 1:
+            raise ValueError(f"{source} holds the splits {', '.join(present)}; choose by --split")
+        return videos
+    wanted = _SPLITS.get(split, split)
+    chosen = [v for v, s in zip(videos, splits, strict=True) if _SPLITS.get(s, s) == wanted]
+    if not chosen:
+        raise ValueError(f"{source} has no split {split!r}, only {', '.join(present)}")
+    return chosen
+
+
+def _label(text: str) -> Label:
+    text = text.strip()
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return text or None

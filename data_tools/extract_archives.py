@@ -1,0 +1,305 @@
+"""Extract the videos of downloaded archives, with replacements for corrupted ones applied.
+
+Every .tar, .tar.gz and .tgz below ARCHIVES is extracted to the same folder below OUTPUT. Archives
+called replacement* come first; a video of another archive with the same 11-character YouTube id is
+not written, the replacement takes its place and name.
+
+Only video files are written, and only below OUTPUT: links, devices and paths that lead out are
+refused and reported. A video appears only when complete. After a stop run the same command again:
+finished archives are skipped, and of others the videos that are there already. A damaged archive
+yields the videos before the damage and is reported: delete it and download it again.
+
+OUTPUT/extract.report.json has the counts, what was refused or failed, and which videos were
+replaced. Exit status: 0, or 1 if an archive failed, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from data_tools.annotations import split_segment_name
+from data_tools.command_line import (
+    add_execution_options,
+    new_parser,
+    run_command,
+    take_execution,
+)
+from data_tools.files import atomic_output, find_videos, is_video_name, write_json
+from data_tools.ledger import file_fingerprint
+from data_tools.processes import ItemFailure
+from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
+
+_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_MOST_SHOWN = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = new_parser("extract_archives", __doc__)
+    parser.add_argument("archives", type=Path, metavar="ARCHIVES", help="folder of archives")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the videos")
+    add_execution_options(parser, timeout_seconds=6 * 3600)
+    arguments = parser.parse_args(argv)
+    execution = take_execution(arguments)
+    return run_command(
+        "extract_archives", lambda: extract_archives(**vars(arguments), execution=execution)
+    )
+
+
+def extract_archives(archives: Path, output: Path, *, execution: Execution) -> int:
+    """Extract what is missing; the exit status.
+
+    Raises ``ValueError`` if there are no archives or a replacement archive cannot be read.
+    """
+    archives, output = archives.resolve(), output.absolute()
+    names = _find_archives(archives)
+    if not names:
+        raise ValueError(f"{archives} holds no archive ({', '.join(_ENDINGS)})")
+    replacing = [name for name in names if _is_replacement(name)]
+    first = _extract_all(archives, output, replacing, {}, _unsharded(execution))
+    if first.failures:
+        name, reason = next(iter(first.failures.items()))
+        raise ValueError(f"{archives / name}: {reason}; replacements must be complete")
+    # By id; several replacements of one video do not occur, the last by name would win.
+    replacements = {
+        split_segment_name(PurePosixPath(path).stem): path
+        for name in replacing
+        for path in _below(output, PurePosixPath(name).parent)
+    }
+    others = [name for name in names if not _is_replacement(name)]
+    step = _extract_all(archives, output, others, replacements, execution)
+    if execution.dry_run or step.left:
+        print_unfinished(step, execution)
+    if execution.dry_run:
+        return 0
+    _report(output, first, step, replacements, execution)
+    return 1 if step.failures else 0
+
+
+def _extract_all(
+    archives: Path,
+    output: Path,
+    names: list[str],
+    replacements: dict[str, str],
+    execution: Execution,
+) -> StepResult:
+    digest = zlib.crc32("\n".join(sorted(replacements.values())).encode())
+    return run_step(
+        partial(_extract_item, archives, output, replacements),
+        [
+            Item(
+                key=name,
+                fingerprint=[*file_fingerprint(archives / name), digest],
+                argument=name,
+            )
+            for name in names
+        ],
+        name="extract",
+        ledger_path=output / ".extract.ledger.jsonl",
+        execution=execution,
+        unit="archive",
+    )
+
+
+def _unsharded(execution: Execution) -> Execution:
+    """Every shard needs all replacements: those who come later find them there."""
+    return Execution(**{**vars(execution), "shard": None})
+
+
+def _extract_item(
+    archives: Path, output: Path, replacements: dict[str, str], name: str
+) -> dict[str, Any]:
+    folder = PurePosixPath(name).parent
+    num_videos, num_bytes = 0, 0
+    replaced: list[str] = []
+    refused: list[dict[str, str]] = []
+    try:
+        with _open_tar(archives / name) as tar:
+            for member in tar:
+                if member.isdir() or _is_clutter(member.name):
+                    continue
+                reason = _why_refused(member)
+                if reason is not None:
+                    refused.append({"member": member.name, "reason": reason})
+                    continue
+                path = PurePosixPath(os.path.normpath(member.name))
+                target = output / folder / path
+                replacement = replacements.get(split_segment_name(path.stem))
+                if replacement is not None:
+                    _place_copy(output / replacement, target)
+                    replaced.append((folder / path).as_posix())
+                elif not _is_there(target, member):
+                    _write(tar, member, target)
+                num_videos += 1
+                num_bytes += target.stat().st_size
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ItemFailure(
+            f"damaged after {num_videos} videos ({error or type(error).__name__}); delete it and "
+            "download it again"
+        ) from error
+    return {
+        "num_videos": num_videos,
+        "num_bytes": num_bytes,
+        "replaced": replaced,
+        "refused": refused,
+    }
+
+
+@contextlib.contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """Members of an archive in order; at the end it must have been whole.
+
+    ``tarfile`` takes a broken header in the middle, or the lack of any, for the end. The true end
+    is a block of zeros, and of gzip the checksum behind it.
+    """
+    open_archive = open if path.name.endswith(".tar") else gzip.open
+    with open_archive(path, "rb") as stream:
+        watched = _LastBlock(cast("BinaryIO", stream))
+        with tarfile.open(fileobj=cast("BinaryIO", watched), mode="r:") as tar:
+            yield tar
+            if watched.last_block.strip(b"\0") or not watched.last_block:
+                raise tarfile.ReadError("the archive breaks off or its next header is damaged")
+            while stream.read(2**20):
+                pass
+
+
+class _LastBlock:
+    """A readable file that remembers what was read last."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.last_block = b""
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self.last_block = self._file.read(size)
+        return self.last_block
+
+
+def _is_clutter(name: str) -> bool:
+    """What is no video, and hidden files such as copying programs leave behind."""
+    base = PurePosixPath(name).name
+    return base.startswith(".") or not is_video_name(base)
+
+
+def _why_refused(member: tarfile.TarInfo) -> str | None:
+    if not member.isreg():
+        return "a link" if member.islnk() or member.issym() else "no regular file"
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+        return "its path leads out of the folder"
+    return None
+
+
+def _is_there(target: Path, member: tarfile.TarInfo) -> bool:
+    """Extracted by an earlier run, and not changed since."""
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return False
+    return (status.st_size, int(status.st_mtime)) == (member.size, int(member.mtime))
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    source = tar.extractfile(member)
+    assert source is not None
+    with atomic_output(target) as temporary:
+        with open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file)
+        if temporary.stat().st_size != member.size:
+            raise tarfile.ReadError(f"{member.name} breaks off")
+        os.utime(temporary, (member.mtime, member.mtime))
+
+
+def _place_copy(replacement: Path, target: Path) -> None:
+    """The replacement under the name of what it replaces, without using its space twice."""
+    if target.exists() and os.path.samefile(replacement, target):
+        return
+    with atomic_output(target) as temporary:
+        try:
+            os.link(replacement, temporary)
+        except OSError:  # Not every file system has hard links.
+            shutil.copy2(replacement, temporary)
+
+
+def _find_archives(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.name.endswith(_ENDINGS) and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _is_replacement(name: str) -> bool:
+    return PurePosixPath(name).name.startswith("replacement")
+
+
+def _below(output: Path, folder: PurePosixPath) -> list[str]:
+    if not (output / folder).is_dir():
+        return []
+    return [(folder / video).as_posix() for video in find_videos(output / folder)]
+
+
+def _report(
+    output: Path,
+    first: StepResult,
+    step: StepResult,
+    replacements: dict[str, str],
+    execution: Execution,
+) -> None:
+    results = {**first.results, **step.results}
+    replaced = [path for done in step.results.values() for path in done["replaced"]]
+    refused = [
+        {"archive": name, **member}
+        for name, done in sorted(results.items())
+        for member in done["refused"]
+    ]
+    replaced_ids = {split_segment_name(PurePosixPath(path).stem) for path in replaced}
+    unused = sorted(path for key, path in replacements.items() if key not in replaced_ids)
+    num_videos = sum(done["num_videos"] for done in step.results.values())
+    num_bytes = sum(done["num_bytes"] for done in step.results.values())
+    print(
+        f"{output}: {num_videos} videos, {num_bytes / 1e9:.2f} GB from {len(step.results)} "
+        f"archives ({step.num_kept} done before); {len(replaced)} videos replaced"
+    )
+    for name, reason in sorted(step.failures.items())[:_MOST_SHOWN]:
+        print(f"    {name}: {reason}")
+    for entry in refused[:_MOST_SHOWN]:
+        print(f"    {entry['archive']}: refused {entry['member']!r}: {entry['reason']}")
+    if unused and not (step.left or step.failures):
+        print(
+            f"    {len(unused)} replacements are for videos that no archive holds; they are in "
+            f"{output / PurePosixPath(unused[0]).parent}"
+        )
+    part = "" if execution.shard is None else f".{execution.shard}"
+    report = output / f"extract{part}.report.json"
+    write_json(
+        report,
+        {
+            "num_videos": num_videos,
+            "num_bytes": num_bytes,
+            "num_archives": len(step.results),
+            "num_failed": len(step.failures),
+            "failed": [
+                {"archive": name, "reason": why} for name, why in sorted(step.failures.items())
+            ],
+            "refused": refused,
+            "replaced": sorted(replaced),
+            "unused_replacements": unused,
+        },
+    )
+    print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

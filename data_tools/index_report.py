@@ -1,0 +1,133 @@
+"""What indexing found: as JSON for programs, and in a few lines for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Every copy of Kinetics lacks 1 to 5 % of its videos; a class that lost more than this is named.
+THINNED_FRACTION = 0.10
+_MOST_SHOWN = 5
+_VERDICTS = ("missing", "duplicated", "undecodable", "empty")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A listed video that is not in the index; ``where`` is its place in the list."""
+
+    verdict: str
+    where: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReport:
+    """Counts and rejects of one run; ``num_..._by_label`` map class ids to numbers of videos."""
+
+    index: Path
+    source: Path
+    kind: str
+    videos: Path
+    class_names: list[str]
+    shares_class_list: bool
+    num_listed: int
+    num_indexed: int
+    rejected: list[Rejected]
+    num_listed_by_label: Counter[int]
+    num_indexed_by_label: Counter[int]
+    duration_seconds: float
+
+    @property
+    def path(self) -> Path:
+        """Where the report is written: beside the index."""
+        return self.index.with_name(self.index.name + ".report.json")
+
+    def rejected_as(self, verdict: str) -> list[Rejected]:
+        """Those of one verdict: missing, duplicated, undecodable or empty."""
+        return [video for video in self.rejected if video.verdict == verdict]
+
+    def thinned_classes(self) -> list[tuple[str, int, int]]:
+        """(name, listed, indexed) of classes that lost much or have nothing, the worst first."""
+        thinned = []
+        for label, name in enumerate(self.class_names):
+            listed, indexed = self.num_listed_by_label[label], self.num_indexed_by_label[label]
+            if indexed < (1 - THINNED_FRACTION) * listed or indexed == 0:
+                thinned.append((name, listed, indexed))
+        return sorted(thinned, key=lambda entry: entry[2] / max(entry[1], 1))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, counts first."""
+        return {
+            "index": str(self.index),
+            "source": str(self.source),
+            "kind": self.kind,
+            "videos": str(self.videos),
+            "num_classes": len(self.class_names),
+            "num_listed": self.num_listed,
+            "num_indexed": self.num_indexed,
+            "duration_hours": round(self.duration_seconds / 3600, 3),
+            **{f"num_{verdict}": len(self.rejected_as(verdict)) for verdict in _VERDICTS},
+            "thinned_classes": [
+                {"class_name": name, "num_listed": listed, "num_indexed": indexed}
+                for name, listed, indexed in self.thinned_classes()
+            ],
+            "classes": [
+                {
+                    "label": label,
+                    "class_name": name,
+                    "num_listed": self.num_listed_by_label[label],
+                    "num_indexed": self.num_indexed_by_label[label],
+                }
+                for label, name in enumerate(self.class_names)
+            ],
+            **{
+                verdict: [
+                    {"where": video.where, "path": video.path, "reason": video.reason}
+                    for video in self.rejected_as(verdict)
+                ]
+                for verdict in _VERDICTS
+            },
+        }
+
+
+def print_summary(report: IndexReport) -> None:
+    """Print what is in the index, what is not and why, and what to do about it."""
+    print(
+        f"{report.source} ({report.kind}): {report.num_indexed} of {report.num_listed} videos "
+        f"usable, {_hours(report.duration_seconds)}, {len(report.class_names)} classes"
+    )
+    for verdict in _VERDICTS:
+        videos = report.rejected_as(verdict)
+        if videos:
+            print(f"  {verdict}: {len(videos)}")
+            for video in videos[:_MOST_SHOWN]:
+                print(f"    {video.path} ({video.where}): {video.reason}")
+            if len(videos) > _MOST_SHOWN:
+                print(f"    ... and {len(videos) - _MOST_SHOWN} more")
+    thinned = report.thinned_classes()
+    if thinned:
+        print(
+            f"  warning: {len(thinned)} of {len(report.class_names)} classes have lost over "
+            f"{THINNED_FRACTION:.0%} of their videos, or have none:"
+        )
+        for name, listed, indexed in thinned[:_MOST_SHOWN]:
+            print(f"    {name}: {indexed} of {listed}")
+        if len(thinned) > _MOST_SHOWN:
+            print(f"    ... and {len(thinned) - _MOST_SHOWN} more")
+    print(f"report: {report.path}")
+    if not report.num_indexed:
+        print("no index was written: no video is usable")
+        return
+    print(f"index:  {report.index}")
+    if not report.shares_class_list and report.class_names:
+        print(
+            f"The class list is that of this source. Index the other splits with "
+            f"--label-map {report.index}, so that all have the same ids."
+        )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,102 @@
+"""What a step has already done, kept so that a run killed at any moment can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_SHARD_SUFFIX = re.compile(r"\.\d+-of-\d+")
+
+
+class Ledger:
+    """An append-only file of JSON lines ``[key, fingerprint, result, time]``.
+
+    A fingerprint is whatever the result depends on (size and time of the source, parameters):
+    an entry with another fingerprint counts as absent. A line is written in one go once the item
+    is done, so a kill can lose the item in hand but never records one half-done; a torn last line
+    is ignored, and cut off before anything is appended.
+
+    Each shard of a step (``shard`` = "2-of-8") appends to a file of its own, ``path`` with that as
+    a suffix, and every run reads all of them: machines that share a folder never write one file,
+    and what any of them did counts for all. Of several lines for a key the latest wins.
+    """
+
+    def __init__(self, path: Path, *, shard: str | None = None) -> None:
+        self._path = path if shard is None else path.with_name(f"{path.name}.{shard}")
+        self._entries: dict[str, tuple[Any, Any, float]] = {}
+        self._file: BinaryIO | None = None
+        for ledger in _siblings(path):
+            for line in _complete_lines(ledger):
+                try:
+                    key, fingerprint, result, seconds = json.loads(line)
+                except ValueError:  # A disk that was full or lost power can leave such a line.
+                    continue
+                known = self._entries.get(key)
+                if known is None or known[2] <= seconds:
+                    self._entries[key] = fingerprint, result, seconds
+
+    def get(self, key: str, fingerprint: Any) -> Any | None:
+        """The result recorded for ``key``, or None if there is none with this fingerprint."""
+        entry = self._entries.get(key)
+        return entry[1] if entry is not None and entry[0] == fingerprint else None
+
+    def last(self, key: str) -> tuple[Any, Any] | None:
+        """The last (fingerprint, result) recorded for ``key``, whatever the fingerprint."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry[:2]
+
+    def record(self, key: str, fingerprint: Any, result: Any) -> None:
+        """Append a result (JSON, not None); it survives a kill once this returns."""
+        assert result is not None
+        # A fingerprint read back must equal one just made, hence the round trip (tuple -> list).
+        line = json.dumps([key, fingerprint, result, time.time()], ensure_ascii=False)
+        file = self._open()
+        file.write(line.encode(errors="surrogateescape") + b"\n")
+        file.flush()
+        _, *entry = json.loads(line)
+        self._entries[key] = tuple(entry)
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "ab")  # noqa: SIM115 (closed by __exit__)
+            self._file.truncate(sum(map(len, _complete_lines(self._path))))
+        return self._file
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _siblings(path: Path) -> list[Path]:
+    """The ledger files of one step, of all its shards."""
+    if not path.parent.is_dir():
+        return []
+    return sorted(
+        file
+        for file in path.parent.iterdir()
+        if file.name == path.name
+        or (
+            file.name.startswith(path.name)
+            and _SHARD_SUFFIX.fullmatch(file.name.removeprefix(path.name))
+        )
+    )
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    return [line for line in lines if line.endswith(b"\n")]
+
+
+def file_fingerprint(path: Path) -> list[int]:
+    """Size in bytes and modification time in ns: what tells a file from its earlier self."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,230 @@
+"""Apply a function to many items in child processes that may crash or hang.
+
+Video decoders do both on broken files. ``concurrent.futures`` gives up its whole pool when a
+child dies and cannot say which item killed it, hence this: one item at a time per child, a
+dead or overdue child costs exactly the item it was given, and is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+# Children are started afresh: a fork of a process that holds decoder threads can deadlock.
+_spawn = multiprocessing.get_context("spawn")
+
+
+FailureKind = Literal["refused", "error", "crash", "timeout", "memory", "lost"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item: the function's value, or why there is none.
+
+    ``kind`` of a failure: the function said so (refused) or raised an exception (error), its
+    process died (crash), took too long (timeout) or too much (memory), or a cluster lost it.
+    """
+
+    value: Any = None
+    failure: str | None = None
+    kind: FailureKind | None = None
+
+
+class ItemFailure(Exception):  # noqa: N818 (an answer rather than an error of the program)
+    """Raised by a function to say in plain words why its item has no result."""
+
+
+def available_cpus() -> int:
+    """Cores that this process may use, which a batch system can make fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def map_in_processes(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    num_workers: int,
+    timeout_seconds: float,
+    memory_bytes: int | None = None,
+) -> Generator[tuple[int, Outcome]]:
+    """Yield ``(i, outcome of function(items[i]))`` as they finish, in no fixed order.
+
+    ``function`` is a module's top-level function (or a ``functools.partial`` of one). An exception
+    in it, a crash of its process and an item that takes longer than ``timeout_seconds`` or more
+    memory than ``memory_bytes`` (Linux only) are each the failure of that item alone. Close the
+    generator to stop the children early.
+    """
+    waiting = deque(range(len(items)))
+    workers = [_Worker(function, memory_bytes) for _ in range(min(num_workers, len(items)))]
+    try:
+        while waiting or any(worker.item is not None for worker in workers):
+            for worker in workers:
+                if worker.is_idle and waiting:
+                    i = waiting.popleft()
+                    worker.start_item(i, items[i], deadline=time.monotonic() + timeout_seconds)
+            yield from _collect(workers, timeout_seconds=timeout_seconds)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class ChildProcess:
+    """One child that is kept for many items, with the guarantees of :func:`map_in_processes`."""
+
+    def __init__(self, function: Callable[[Any], Any], *, memory_bytes: int | None = None) -> None:
+        self._worker = _Worker(function, memory_bytes)
+
+    def call(self, item: Any, *, timeout_seconds: float) -> Outcome:
+        """The outcome of ``function(item)``; the child is replaced if that is its end."""
+        while not self._worker.is_idle:  # It says so once it has started.
+            for _ in _collect([self._worker], timeout_seconds=timeout_seconds):
+                raise AssertionError("an outcome without an item")
+        self._worker.start_item(0, item, deadline=time.monotonic() + timeout_seconds)
+        while True:
+            for _, outcome in _collect([self._worker], timeout_seconds=timeout_seconds):
+                return outcome
+
+
+def _collect(workers: list[_Worker], *, timeout_seconds: float) -> Iterator[tuple[int, Outcome]]:
+    """Wait until a child reports, dies or is overdue, and see to it."""
+    deadlines = [worker.deadline for worker in workers if worker.item is not None]
+    patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    ready = connection.wait([worker.connection for worker in workers if worker.awaited], patience)
+    for worker in workers:
+        if worker.connection in ready:
+            finished, outcome = worker.receive()
+        elif worker.item is not None and time.monotonic() >= worker.deadline:
+            finished, outcome = (
+                worker.item,
+                Outcome(failure=f"given up after {timeout_seconds:g} seconds", kind="timeout"),
+            )
+            worker.restart()
+        else:
+            continue
+        if finished is not None:
+            yield finished, outcome
+
+
+class _Worker:
+    """The parent's side of one child process."""
+
+    def __init__(self, function: Callable[[Any], Any], memory_bytes: int | None) -> None:
+        self._function = function
+        self._memory_bytes = memory_bytes
+        self._start()
+
+    def _start(self) -> None:
+        self.connection, child_end = _spawn.Pipe()
+        self._process = _spawn.Process(
+            target=_serve,
+            args=(child_end, self._function, self._memory_bytes),
+            daemon=True,
+            name="data_tools worker",
+        )
+        self._process.start()
+        child_end.close()
+        self._has_started = False
+        self.item: int | None = None
+        self.deadline = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        return self._has_started and self.item is None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a message must come: that it has started, or the outcome of its item."""
+        return not self.is_idle
+
+    def start_item(self, i: int, item: Any, *, deadline: float) -> None:
+        self.item, self.deadline = i, deadline
+        # Should it have died while idle, receive() finds that out.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(item)
+
+    def receive(self) -> tuple[int | None, Outcome]:
+        """The child's message: (item, outcome), with item None for the sign that it has started."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._bury()
+        if not self._has_started:
+            self._has_started = True
+            return None, Outcome()
+        item, self.item = self.item, None
+        return item, message
+
+    def _bury(self) -> tuple[int | None, Outcome]:
+        self._process.join()
+        cause = _describe_exit(self._process.exitcode)
+        if not self._has_started:
+            raise RuntimeError(
+                f"a worker process could not start ({cause}); its own message is above"
+            )
+        item = self.item
+        self.restart()
+        return item, Outcome(failure=f"the process that worked on it {cause}", kind="crash")
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _describe_exit(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with status {exit_code}"
+
+
+def _serve(
+    connection: Connection, function: Callable[[Any], Any], memory_bytes: int | None
+) -> None:
+    """The child: answer items until the parent is gone."""
+    # Ctrl-C reaches the whole group; the parent alone decides what to do about it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An orphan would go on writing the item that the next run begins anew.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if memory_bytes is not None and sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    try:
+        connection.send("started")
+        while True:
+            item = connection.recv()
+            try:
+                outcome = Outcome(value=function(item))
+            except ItemFailure as error:
+                outcome = Outcome(failure=str(error), kind="refused")
+            except MemoryError:
+                limit = "" if memory_bytes is None else f" than {memory_bytes / 2**30:g} GiB"
+                outcome = Outcome(failure=f"needs more memory{limit}", kind="memory")
+            except Exception as error:
+                outcome = Outcome(failure=f"{type(error).__name__}: {error}", kind="error")
+            connection.send(outcome)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

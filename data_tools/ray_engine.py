@@ -1,0 +1,99 @@
+"""The same work as ``processes``, on the machines of a Ray cluster that share their disks.
+
+A task runs its item in a child process, as on one machine: what crashes a decoder costs one item.
+What Ray itself loses (a node, a worker) says nothing about the item, which is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import socket
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from data_tools.processes import ChildProcess, Outcome
+
+# One item can lose as many nodes before it counts as failed.
+_MAX_RETRIES = 8
+# Tasks handed to Ray ahead of free cores, so that none waits for this process.
+_TASKS_PER_CPU = 2
+
+
+def map_on_ray(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    address: str,
+    timeout_seconds: float,
+    memory_bytes: int | None = None,
+) -> Generator[tuple[int, Outcome]]:
+    """Yield ``(i, outcome of function(items[i]))`` as they finish, in no fixed order.
+
+    ``address`` is that of a running cluster, ``host:port``, or ``auto`` on one of its machines.
+    Every machine needs this package and sees the items' files under the same paths. One core each.
+    Close the generator to stop.
+
+    Raises ``ValueError`` if Ray is not installed or there is no cluster at ``address``.
+    """
+    try:
+        import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            "--engine ray needs Ray; install it by `pip install 'i3d_gn[ray]'` on every machine"
+        ) from None
+    try:
+        _check_address(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start one by "
+            "`ray start --head`, and `ray start --address HOST:PORT` on the other machines"
+        ) from error
+    try:
+        task = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)(_run_isolated)
+        call = ray.put((function, memory_bytes))
+        waiting = iter(range(len(items)))
+        running: dict[Any, int] = {}
+        while True:
+            # Asked each time: machines may join while it runs.
+            at_once = max(1, int(_TASKS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
+            while len(running) < at_once and (i := next(waiting, None)) is not None:
+                running[task.remote(call, items[i], timeout_seconds)] = i
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1, timeout=10)
+            for reference in done:
+                i = running.pop(reference)
+                try:
+                    yield i, ray.get(reference)
+                except RayError as error:
+                    reason = str(error).strip().splitlines()[0]
+                    message = f"Ray lost it {1 + _MAX_RETRIES} times: {reason}"
+                    yield i, Outcome(failure=message, kind="lost")
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise ``OSError`` if nothing listens there; Ray itself takes five minutes to find out."""
+    match = re.fullmatch(r"([^/:]+):(\d+)", address)
+    if match:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+
+
+# Ray keeps its worker processes, and each of them keeps its child.
+_child: tuple[bytes, ChildProcess] | None = None
+
+
+def _run_isolated(
+    call: tuple[Callable[[Any], Any], int | None], item: Any, timeout_seconds: float
+) -> Outcome:
+    global _child  # noqa: PLW0603
+    function, memory_bytes = call
+    identity = pickle.dumps(call)
+    if _child is None or _child[0] != identity:
+        _child = identity, ChildProcess(function, memory_bytes=memory_bytes)
+    return _child[1].call(item, timeout_seconds=timeout_seconds)

@@ -1,0 +1,1 @@
+"""Videos: which clips, which pixels, which batches."""

@@ -1,0 +1,297 @@
+"""Decoding with PyAV: exact by construction, and no more work than the frames asked for need.
+
+Where packets number the frames (``frame_table``) only the packets that matter reach the decoder:
+from the keyframe before a frame to the frame, and of H.264 not those that nothing refers to and
+nobody wants. Any other file is decoded from its start, and frames are counted as they come.
+Both give the frames of a full sequential decode.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.stream import VideoStream
+
+from i3d_gn.data.crop_plan import CropPlan
+from i3d_gn.data.frame_table import (
+    FrameTable,
+    FrameTableBuilder,
+    h264_is_disposable,
+    nal_length_size,
+)
+from i3d_gn.data.pixels import CropWriter, FrameWriter, orientation_of
+from i3d_gn.data.video_errors import VideoDecodeError
+
+# Files up to this size are read once and their packets kept; larger ones are read twice.
+_KEEP_PACKETS_BYTES = 32 * 2**20
+
+
+_CHUNK_PACKETS = 64
+
+# A frame is stored at most this many packets after one that is shown later: twice what the
+# decoded picture buffers of H.264 (A.3.1) and HEVC (A.4.2) hold.
+_MAX_REORDER = 32
+
+# Yields the packets first ... stop - 1 of the file, in decoding order.
+_ReadPackets = Callable[[int, int], Iterator[av.Packet]]
+
+
+class _TableError(Exception):
+    """The decoder's frames contradict the table: the frames must be counted instead."""
+
+
+@contextlib.contextmanager
+def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first video stream of a file, for decoding on one thread; closes it at the end.
+
+    Raises:
+        VideoDecodeError: not a readable video file, no video stream in it, or no decoder for it.
+    """
+    try:
+        # An absolute path: FFmpeg takes what comes before a colon in "a:b.mp4" for a protocol.
+        container = av.open(os.path.abspath(path))
+    except (FFmpegError, OSError) as error:
+        raise VideoDecodeError(path, _reason(error)) from error
+    with container:
+        if not container.streams.video:
+            raise VideoDecodeError(path, "no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoDecodeError(path, "no decoder for its video stream")
+        stream.codec_context.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def demux_video(
+    path: str | Path,
+    container: InputContainer,
+    stream: VideoStream,
+    *,
+    keep: bool,
+    last_index: int | None = None,
+) -> tuple[FrameTable, list[av.Packet] | None]:
+    """Read packets without decoding any: the frame table and, to ``keep``, the packets.
+
+    With ``last_index`` reading ends, before the file does, where the table is settled up to that
+    frame.
+    """
+    context = stream.codec_context
+    builder = FrameTableBuilder(
+        container=container.format.name,
+        codec=context.codec.canonical_name,
+        extradata=bytes(context.extradata or b""),
+    )
+    packets: list[av.Packet] = []
+    source = (packet for packet in container.demux(stream) if packet.size)
+    try:
+        while chunk := list(itertools.islice(source, _CHUNK_PACKETS)):
+            builder.extend(chunk)
+            if keep:
+                packets += chunk
+            if last_index is not None and builder.num_shown > last_index + _MAX_REORDER:
+                break
+    except (FFmpegError, OSError) as error:
+        raise VideoDecodeError(path, _reason(error)) from error
+    return builder.build(), packets if keep else None
+
+
+def sequential_frames(path: str | Path, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
+    """All frames of a freshly opened stream in presentation order, with their index.
+
+    Raises:
+        VideoDecodeError: at the first frame that fails; all before it are good.
+    """
+    index = 0
+    try:
+        for frame in cast("InputContainer", stream.container).decode(stream):
+            yield index, frame
+            index += 1
+    except (FFmpegError, OSError) as error:
+        raise VideoDecodeError(path, _reason(error), frame=index) from error
+
+
+def decode_frames_pyav(
+    path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
+) -> np.ndarray:
+    """See :func:`i3d_gn.data.decode.decode_frames`; ``indices`` are checked there."""
+    with open_video(path) as (container, stream):
+        keep = 0 < container.size <= _KEEP_PACKETS_BYTES
+        table, packets = demux_video(
+            path, container, stream, keep=keep, last_index=int(indices.max())
+        )
+        if table.doubt is None:
+            if indices.max() >= table.num_frames:
+                raise out_of_range(path, int(indices.max()), table.num_frames)
+            collector = _Collector(path, indices, plan, out)
+            try:
+                read = _kept_packets(packets) if packets else _seeking(container, stream, table)
+                _decode_ranges(stream, table, read, collector)
+                return collector.result()
+            except _TableError:
+                pass  # frames are counted instead, which also finds where a broken file breaks off
+
+    with open_video(path) as (_, stream):
+        collector = _Collector(path, indices, plan, out)
+        count = 0
+        for index, frame in sequential_frames(path, stream):
+            collector.take(index, frame)
+            count = index + 1
+            if collector.is_complete:
+                return collector.result()
+        raise out_of_range(path, int(indices.max()), count)
+
+
+def out_of_range(path: str | Path, index: int, num_frames: int) -> VideoDecodeError:
+    """The error for a frame that the video does not have."""
+    return VideoDecodeError(path, f"the video has only {num_frames} frames", frame=index)
+
+
+class _Collector:
+    """Puts the frames that were asked for in their rows, whatever the order they come in."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        indices: np.ndarray,
+        plan: CropPlan | None,
+        out: np.ndarray | None,
+    ) -> None:
+        self._path = path
+        self._rows: dict[int, list[int]] = {}
+        for row, index in enumerate(indices.tolist()):
+            self._rows.setdefault(index, []).append(row)
+        self._num_rows = len(indices)
+        self._plan = plan
+        self._out = out
+        self._writer: CropWriter | FrameWriter | None = None
+
+    def wanted(self) -> np.ndarray:
+        return np.array(sorted(self._rows), dtype=np.int64)
+
+    def is_wanted(self, index: int) -> bool:
+        return index in self._rows
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._rows
+
+    def take(self, index: int, frame: av.VideoFrame) -> None:
+        """Write the frame if it was asked for and has not come before."""
+        rows = self._rows.pop(index, None)
+        if rows is None:
+            return
+        try:
+            if self._writer is None:
+                self._prepare(frame)
+            assert self._writer is not None and self._out is not None
+            self._writer.write(frame, self._out[rows[0]])
+        except (FFmpegError, OSError) as error:
+            raise VideoDecodeError(self._path, _reason(error), frame=index) from error
+        for row in rows[1:]:
+            np.copyto(self._out[row], self._out[rows[0]])
+
+    def result(self) -> np.ndarray:
+        assert self.is_complete and self._out is not None
+        return self._out
+
+    def _prepare(self, frame: av.VideoFrame) -> None:
+        """Now that the first frame tells how the video is stored, set up output and conversion."""
+        orientation = orientation_of(frame)
+        stored = (frame.height, frame.width)
+        if self._plan is not None:
+            height, width = self._plan.height, self._plan.width
+            self._writer = CropWriter(self._plan, orientation=orientation)
+        else:
+            height, width = stored[::-1] if orientation.transpose else stored
+            self._writer = FrameWriter(orientation=orientation, size=stored)
+        shape = (self._num_rows, height, width, 3)
+        if self._out is None:
+            self._out = np.empty(shape, dtype=np.uint8)
+        elif self._out.shape != shape:
+            raise ValueError(f"out has shape {self._out.shape}, the frames need {shape}")
+
+
+def _decode_ranges(
+    stream: VideoStream, table: FrameTable, read: _ReadPackets, collector: _Collector
+) -> None:
+    """Decode the packets that hold or lead to the wanted frames.
+
+    Frames are known by their timestamps. Each packet that is shown must yield its frame, but for
+    leading pictures of an open GOP, whose other half is not decoded.
+    """
+    frame_of = dict(zip(table.frame_pts.tolist(), range(table.num_frames), strict=True))
+    context = stream.codec_context
+    length_size = nal_length_size(bytes(context.extradata or b""))
+    can_drop = context.codec.canonical_name == "h264" and length_size > 0
+    for first, stop in table.packet_ranges(collector.wanted()):
+        key_frame = table.packet_frame[first]
+        expected: set[int] = set()
+
+        def take(frames: list[av.VideoFrame], expected: set[int] = expected) -> None:
+            for frame in frames:
+                if frame.interlaced_frame:  # its fields may lie in two packets
+                    raise _TableError
+                index = -1 if frame.pts is None else frame_of.get(frame.pts, -1)
+                expected.discard(index)
+                collector.take(index, frame)
+
+        try:
+            for index, packet in zip(
+                table.packet_frame[first:stop].tolist(), read(first, stop), strict=True
+            ):
+                if (
+                    can_drop
+                    and not collector.is_wanted(index)
+                    and h264_is_disposable(packet, length_size)
+                ):
+                    continue
+                if index >= key_frame:
+                    expected.add(index)
+                take(context.decode(packet))
+            take(context.decode(None))
+        except FFmpegError as error:
+            raise _TableError from error
+        if expected:
+            raise _TableError
+        context.flush_buffers()
+
+
+def _kept_packets(packets: list[av.Packet]) -> _ReadPackets:
+    return lambda first, stop: iter(packets[first:stop])
+
+
+def _seeking(container: InputContainer, stream: VideoStream, table: FrameTable) -> _ReadPackets:
+    """Read packets from the file once more, from a keyframe on."""
+
+    def read(first: int, stop: int) -> Iterator[av.Packet]:
+        container.seek(int(table.packet_seek[first]), stream=stream)
+        position = None
+        for packet in container.demux(stream):
+            if not packet.size:
+                break
+            if position is None and packet.is_keyframe and packet.pts == table.packet_pts[first]:
+                position = first
+            if position is None:
+                continue
+            if packet.pts != table.packet_pts[position]:
+                break
+            yield packet
+            position += 1
+            if position == stop:
+                return
+        raise _TableError  # seeking led elsewhere
+
+    return read
+
+
+def _reason(error: Exception) -> str:
+    """The system's words for an error, without its number and file name."""
+    return getattr(error, "strerror", None) or str(error)

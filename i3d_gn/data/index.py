@@ -1,0 +1,335 @@
+"""The index: one Parquet file that says which videos a data set holds and what they are.
+
+One row per video; the schema's metadata carry what belongs to all of them.
+
+    column            type      meaning
+    video_id          string    the file's name without folder and extension
+    path              string    relative to the root, POSIX separators (absolute if outside it)
+    label             int64     class id, -1 if unknown
+    class_name        string    null if unknown
+    num_frames        int64     frames of a full decode, in presentation order
+    fps               float64
+    duration_seconds  float64
+    width, height     int32     after rotation metadata, as the video is watched
+
+    metadata key            meaning
+    i3d_gn.format_version   "1", or "2" for packed videos; a reader refuses what it does not know
+    i3d_gn.root             folder that paths are relative to, itself relative to the index's folder
+                            where the two share a parent, so that a moved tree keeps working
+    i3d_gn.class_names      JSON list; a label is a position in it
+
+Further columns are allowed, and ignored here. An index of packed videos (format "2") has three
+more: ``shard`` (string, a tar file below the root), ``offset`` and ``num_bytes`` (int64) say which
+bytes of it are the video; ``path`` is then only its name, and the root a folder or a URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from i3d_gn.data.packed import PackedVideos, ShardReadError, file_in_memory, is_url
+from i3d_gn.data.video_errors import VideoDecodeError
+
+FORMAT_VERSION = "1"
+PACKED_FORMAT_VERSION = "2"
+UNKNOWN_LABEL = -1
+
+_VERSION_KEY = b"i3d_gn.format_version"
+_ROOT_KEY = b"i3d_gn.root"
+_CLASS_NAMES_KEY = b"i3d_gn.class_names"
+
+_COLUMNS = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("path", pa.string()),
+        ("label", pa.int64()),
+        ("class_name", pa.string()),
+        ("num_frames", pa.int64()),
+        ("fps", pa.float64()),
+        ("duration_seconds", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+_COLUMNS_LOADED = ["path", "label", "num_frames", "width", "height"]
+_PACKED_COLUMNS = ["shard", "offset", "num_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRecord:
+    """One row of the index; ``path`` is relative to the index's root, with ``/`` between parts."""
+
+    path: str
+    label: int
+    num_frames: int
+    fps: float
+    duration_seconds: float
+    width: int
+    height: int
+
+
+def write_index(
+    path: str | os.PathLike[str],
+    records: Iterable[VideoRecord],
+    *,
+    class_names: Sequence[str],
+    root: str | os.PathLike[str],
+) -> None:
+    """Write ``records``, in this order, as the index ``path``; replace it only once complete.
+
+    Raises ``ValueError`` for what ``VideoIndex.load`` would refuse: no record, a label that is
+    neither a position in ``class_names`` nor -1, a path that occurs twice.
+    """
+    path = Path(path)
+    class_names = list(class_names)
+    rows = list(records)
+    table = pa.table(
+        {
+            "video_id": [PurePosixPath(row.path).stem for row in rows],
+            "path": [row.path for row in rows],
+            "label": [row.label for row in rows],
+            "class_name": [
+                class_names[row.label] if 0 <= row.label < len(class_names) else None
+                for row in rows
+            ],
+            "num_frames": [row.num_frames for row in rows],
+            "fps": [row.fps for row in rows],
+            "duration_seconds": [row.duration_seconds for row in rows],
+            "width": [row.width for row in rows],
+            "height": [row.height for row in rows],
+        },
+        schema=_COLUMNS,
+    ).replace_schema_metadata(
+        {
+            _VERSION_KEY: FORMAT_VERSION,
+            _ROOT_KEY: _portable_root(Path(root), path.parent),
+            _CLASS_NAMES_KEY: json.dumps(class_names, ensure_ascii=False),
+        }
+    )
+    _check_rows(path, table, num_classes=len(class_names))
+    _write_table(path, table)
+
+
+def write_packed_index(
+    path: str | os.PathLike[str],
+    loose: str | os.PathLike[str],
+    *,
+    shards: Sequence[str],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    root: str,
+) -> None:
+    """Write the index ``loose`` once more for its videos in tar shards.
+
+    Video ``i`` is the bytes ``offsets[i] ... offsets[i] + sizes[i] - 1`` of ``shards[i]``, a path
+    below ``root``, which is a folder or a URL.
+    """
+    path = Path(path)
+    table = pq.read_table(loose)
+    metadata = dict(table.schema.metadata or {})
+    metadata[_VERSION_KEY] = PACKED_FORMAT_VERSION.encode()
+    portable = root if is_url(root) else _portable_root(Path(root), path.parent)
+    metadata[_ROOT_KEY] = portable.encode()
+    for name, values in zip(_PACKED_COLUMNS, (shards, offsets, sizes), strict=True):
+        column = pa.array(values, pa.string() if name == "shard" else pa.int64())
+        table = table.append_column(name, column)
+    _write_table(path, table.replace_schema_metadata(metadata))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoIndex:
+    """A loaded index. Made by :meth:`load`, never changed.
+
+    Numbers are NumPy arrays and texts stay in Arrow's buffers, so that 240,000 videos cost some
+    40 MB and no Python object each. A pickled index is only its path: a spawned worker reads
+    the file again (tens of milliseconds) instead of receiving a copy.
+
+    ``labels``, ``num_frames``, ``heights``, ``widths`` are int64 of shape (num_videos,); a label of
+    -1 is unknown. ``class_names[label]`` names it. ``root`` is a folder, or a URL of shards.
+    """
+
+    index_path: Path
+    root: Path | str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    num_frames: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    _paths: pa.ChunkedArray = field(repr=False)
+    _packed: PackedVideos | None = field(repr=False, default=None)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+    ) -> VideoIndex:
+        """Read the index ``path``; ``root`` replaces the place of the videos recorded in it.
+
+        Raises ``ValueError``, one line, for a missing file, a file that is no index of this
+        format, an empty index, a label outside the class list, a path that occurs twice, or a
+        root that does not exist.
+        """
+        path = Path(path).absolute()
+        if not path.is_file():
+            raise ValueError(f"there is no index {path}; make it with `i3d-gn index`")
+        table = _read_table(path)
+        metadata = table.schema.metadata
+        class_names = tuple(json.loads(metadata[_CLASS_NAMES_KEY]))
+        _check_rows(path, table, num_classes=len(class_names))
+
+        recorded = root is None
+        root = metadata[_ROOT_KEY].decode() if root is None else os.fspath(root)
+        is_packed = "shard" in table.column_names
+        if not (is_packed and is_url(root)):
+            root = Path(os.path.normpath(path.parent / root)) if recorded else Path(root).absolute()
+            if not root.is_dir():
+                raise ValueError(
+                    f"the videos of index {path} should lie under {root}, which is not a folder; "
+                    "pass the folder where they are as root, or index them again"
+                )
+
+        def numbers(name: str) -> np.ndarray:
+            array = table[name].cast(pa.int64()).to_numpy()
+            array.flags.writeable = False
+            return array
+
+        packed = None
+        if is_packed:
+            packed = PackedVideos(
+                str(root), table["shard"], numbers("offset"), numbers("num_bytes")
+            )
+            packed.check_shards()
+        return cls(
+            index_path=path,
+            root=root,
+            class_names=class_names,
+            labels=numbers("label"),
+            num_frames=numbers("num_frames"),
+            heights=numbers("height"),
+            widths=numbers("width"),
+            _paths=table["path"],
+            _packed=packed,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self):
+        return VideoIndex.load, (self.index_path, self.root)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the videos lie in tar shards."""
+        return self._packed is not None
+
+    def path_of(self, i: int) -> Path:
+        """Where video ``i`` is, a file of its own: absolute."""
+        assert self._packed is None, "a packed video has no path, see file_of"
+        return Path(self.root, self._paths[i].as_py())
+
+    @contextlib.contextmanager
+    def file_of(self, i: int) -> Iterator[Path]:
+        """A path to read video ``i`` from while the block lasts, wherever it lies.
+
+        A packed video is copied to memory for that. A ``VideoDecodeError`` in the block is passed
+        on with the video's own name.
+
+        Raises ``VideoDecodeError`` if a packed video cannot be read.
+        """
+        if self._packed is None:
+            yield self.path_of(i)
+            return
+        name = f"{self._packed.shards[i].as_py()}: {self._paths[i].as_py()}"
+        try:
+            content = self._packed.read(i)
+        except ShardReadError as error:
+            raise VideoDecodeError(name, str(error)) from error
+        with file_in_memory(content) as path:
+            try:
+                yield path
+            except VideoDecodeError as error:
+                raise VideoDecodeError(name, error.cause, error.frame) from error
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Paths below the root, in index order: what names a video in results.
+
+        Made at the first call: nobody but a report needs them all as Python strings.
+        """
+        return self._paths.to_pylist()
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            metadata = file.schema_arrow.metadata or {}
+            if _VERSION_KEY not in metadata:
+                raise ValueError(
+                    f"{path} is a Parquet file but no video index; make one with `i3d-gn index`"
+                )
+            version = metadata[_VERSION_KEY].decode()
+            if version not in {FORMAT_VERSION, PACKED_FORMAT_VERSION}:
+                raise ValueError(
+                    f"index {path} has format version {version}, this program reads "
+                    f"{FORMAT_VERSION} and {PACKED_FORMAT_VERSION}; make it again with "
+                    "`i3d-gn index`"
+                )
+            packed = _PACKED_COLUMNS if version == PACKED_FORMAT_VERSION else []
+            return file.read(columns=_COLUMNS_LOADED + packed)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is no video index ({_first_line(error)}); make one with `i3d-gn index`"
+        ) from error
+
+
+def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
+    if table.num_rows == 0:
+        raise ValueError(
+            f"index {path} holds no video; see the report of `i3d-gn index` for the reasons"
+        )
+    labels = table["label"].to_numpy()
+    outside = (labels < UNKNOWN_LABEL) | (labels >= num_classes)
+    if outside.any():
+        i = int(np.argmax(outside))
+        raise ValueError(
+            f"index {path}: {table['path'][i]} has label {labels[i]}, but labels must be below "
+            f"the number of classes, {num_classes} (or -1, unknown); index it again with the "
+            "complete class list (--label-map)"
+        )
+    if len(table["path"].unique()) != table.num_rows:
+        paths = table["path"].value_counts()
+        twice = next(entry["values"] for entry in paths if entry["counts"].as_py() > 1)
+        raise ValueError(
+            f"index {path}: path {twice} occurs more than once, but each video must count once; "
+            "make it again with `i3d-gn index`, which drops duplicates"
+        )
+
+
+def _portable_root(root: Path, index_folder: Path) -> str:
+    root, index_folder = root.absolute(), index_folder.absolute()
+    # Two trees that meet only at the file system's root do not move together.
+    share_a_parent = root.parts[:2] == index_folder.parts[:2]
+    return Path(os.path.relpath(root, index_folder) if share_a_parent else root).as_posix()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,134 @@
+"""The config of ImageNet training; the defaults are [GN] section 4.1."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import MISSING
+
+from i3d_gn.config import ConfigError, load_typed
+
+
+@dataclass(frozen=True)
+class ImageModelConfig:
+    """Which network."""
+
+    name: Literal["resnet50", "resnet101", "vgg16", "resnet_tiny"] = "resnet50"
+    num_classes: int = 1000
+    norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"
+    num_groups: int | None = (
+        None  # of gn; 32, or 8 of resnet_tiny, unless channels_per_group is given
+    )
+    channels_per_group: int | None = None
+    r_max: float | None = None  # of brn; neither limit: Ioffe's, with their schedule
+    d_max: float | None = None
+    kernel_norm: Literal["weight_norm", "weight_standardization"] | None = None
+    zero_init_last_norm: bool = True
+
+
+@dataclass(frozen=True)
+class ImageDataConfig:
+    """Folders of class folders, and what becomes of an image."""
+
+    train_folder: str = MISSING
+    val_folder: str = MISSING
+    num_workers: int | None = None  # per process; None: the cores this process may use
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB of 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_size: int = 224
+    area_min: float = 0.08  # smallest share of an image that a training crop covers
+    val_short_side: int = 256
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig:
+    """The optimiser's recipe and the bookkeeping."""
+
+    epochs: int = 100
+    images_per_gpu: int = 32  # what BN's statistics see
+    num_gpus: int = 8  # of the experiment, however many there are; their product is the batch
+    images_per_forward: int | None = None  # of a process at once; None: all of its share
+    lr: float = 0.1  # at a batch of lr_batch_size; scaled linearly from there
+    lr_batch_size: int = 256
+    milestones: tuple[int, ...] = (30, 60, 90)  # epochs after which lr is multiplied by 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    norm_weight_decay: float = 1e-4  # of gamma and beta
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    log_every: int = 100
+    checkpoint_every_epochs: int = 1
+    keep_checkpoints: int = 2
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of an optimiser step."""
+        return self.images_per_gpu * self.num_gpus
+
+    @property
+    def epochs_of_median(self) -> int:
+        """Last epochs over which the error is the median: 5, or what follows the last milestone."""
+        after_last_drop = self.epochs - max((0, *(m for m in self.milestones if m < self.epochs)))
+        return min(5, after_last_drop)
+
+
+@dataclass(frozen=True)
+class ImagenetConfig:
+    """A whole run."""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    model: ImageModelConfig = field(default_factory=ImageModelConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
+
+
+def load_imagenet_config(path: str | Path, overrides: tuple[str, ...] = ()) -> ImagenetConfig:
+    """Read a YAML file, apply `key=value` overrides, check all of it.
+
+    Raises:
+        ConfigError: file missing or not YAML; key unknown, mistyped, out of range or left out.
+    """
+    return load_typed(path, overrides, ImagenetConfig, _check_values)
+
+
+def _check_values(config: ImagenetConfig, path: Path) -> None:
+    recipe, data, model = config.train, config.data, config.model
+    for key, value in {
+        "model.num_classes": model.num_classes,
+        "data.crop_size": data.crop_size,
+        "train.epochs": recipe.epochs,
+        "train.images_per_gpu": recipe.images_per_gpu,
+        "train.num_gpus": recipe.num_gpus,
+        "train.lr_batch_size": recipe.lr_batch_size,
+        "train.log_every": recipe.log_every,
+        "train.checkpoint_every_epochs": recipe.checkpoint_every_epochs,
+        "train.keep_checkpoints": recipe.keep_checkpoints,
+    }.items():
+        if value < 1:
+            raise ConfigError(f"{path}: {key} is {value}; it must be at least 1")
+    if not 0 < data.area_min <= 1:
+        raise ConfigError(f"{path}: data.area_min is {data.area_min}; it must lie in (0, 1]")
+    if data.val_short_side < data.crop_size:
+        raise ConfigError(
+            f"{path}: data.val_short_side {data.val_short_side} is smaller than data.crop_size "
+            f"{data.crop_size}, which is cut from it"
+        )
+    for key, value in {"data.mean": data.mean, "data.std": data.std}.items():
+        if len(value) != 3 or (key == "data.std" and min(value) <= 0):
+            raise ConfigError(f"{path}: {key} is {list(value)}; it takes three numbers (std > 0)")
+    if model.num_groups is not None and model.channels_per_group is not None:
+        raise ConfigError(f"{path}: give model.num_groups or model.channels_per_group, not both")
+    if list(recipe.milestones) != sorted(set(recipe.milestones)):
+        raise ConfigError(f"{path}: train.milestones {list(recipe.milestones)} must increase")
+    forward = recipe.images_per_forward
+    if forward is not None and (
+        forward % recipe.images_per_gpu or recipe.global_batch_size % forward
+    ):
+        raise ConfigError(
+            f"{path}: train.images_per_forward is {forward}; it must be a multiple of "
+            f"train.images_per_gpu {recipe.images_per_gpu} and divide the batch of "
+            f"{recipe.global_batch_size}"
+        )

@@ -1,0 +1,529 @@
+"""I3D ResNet: block, stage, network and the variants, which are tuples of block counts.
+
+The network is the 3-D ResNet of facebookresearch/video-nonlocal-net ([NL], `resnet_video_org`),
+the Kinetics baseline of [GN] section 4.3: a 2-D ResNet whose kernels are inflated along time, the
+temporal kernel alternating between 3 and 1 over the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import count, cycle, islice
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from i3d_gn.norm import (
+    BatchRenorm,
+    GroupNorm,
+    Recomputation,
+    kept_as,
+    make_norm,
+    uses_fused_kernels,
+)
+
+StrideIn = Literal["3x3", "1x1"]
+NormFactory = Callable[[int], nn.Module]
+Kernel = tuple[int, int, int]
+# in_channels, out_channels, kernel (T, H, W), stride (T, H, W)
+ConvFactory = Callable[[int, int, Kernel, Kernel], nn.Conv3d | nn.Conv2d]
+
+STAGE_NAMES = ("res2", "res3", "res4", "res5")
+NORM_NAMES = ("norm1", "norm2", "norm3", "shortcut_norm")
+
+# Temporal kernels of a stage's blocks, repeated over its depth ([NL] lib/models/resnet_video_org).
+TEMPORAL_KERNELS = ((3,), (3, 1), (3, 1), (1, 3))
+
+
+class Form(NamedTuple):
+    """What differs between clip forms: temporal stride of conv1, pool1 along time."""
+
+    conv1_stride: int
+    pool1_kernel: int
+    pool1_stride: int
+
+
+FORMS = {
+    "long": Form(conv1_stride=2, pool1_kernel=2, pool1_stride=2),  # 32 and 64 frames
+    "8x8": Form(conv1_stride=1, pool1_kernel=1, pool1_stride=1),  # 8 frames, 8 apart
+    # 32 frames, of which pool1 drops every other position: mmaction2 models/backbones/resnet3d.py.
+    "mmaction2": Form(conv1_stride=2, pool1_kernel=1, pool1_stride=2),
+}
+
+
+def conv3d(in_channels: int, out_channels: int, kernel: Kernel, stride: Kernel) -> nn.Conv3d:
+    """A convolution without bias, padded so that stride 1 keeps the size."""
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    return _Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
+
+
+class _Conv3d(nn.Conv3d):
+    """Convolution, also right on a CPU for fewer frames than the kernel is long.
+
+    There oneDNN's bfloat16 gradient of the weight is garbage or NaN (torch 2.15, 1 < T < Kt).
+    Padding time beforehand gives the same result another way.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, T, H, W) to (N, C_out, T', H', W')."""
+        if input.device.type == "cpu" and 1 < input.shape[2] < self.kernel_size[0]:
+            time, *space = self.padding
+            padded = F.pad(input, (0, 0, 0, 0, int(time), int(time)))
+            return F.conv3d(padded, self.weight, None, self.stride, (0, *map(int, space)))
+        return super().forward(input)
+
+
+class Bottleneck(nn.Module):
+    """Kt x 1 x 1, 1 x 3 x 3 and 1 x 1 x 1 convolutions round which a shortcut leads.
+
+    Args:
+        in_channels, width, out_channels: of input, inner convolutions and result.
+        temporal_kernel: Kt, odd.
+        spatial_stride: of the block.
+        stride_in: the convolution that has the stride, `3x3` or the first `1x1`.
+        norm: makes a normalisation layer for a number of channels.
+        conv: makes a convolution; that of an image network leaves out time.
+        recompute: see `I3D`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        *,
+        temporal_kernel: int,
+        spatial_stride: int,
+        stride_in: StrideIn,
+        norm: NormFactory,
+        recompute: bool,
+        conv: ConvFactory = conv3d,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        strides = (spatial_stride, 1) if stride_in == "1x1" else (1, spatial_stride)
+        self.conv1 = conv(in_channels, width, (temporal_kernel, 1, 1), (1, strides[0], strides[0]))
+        self.norm1 = norm(width)
+        self.conv2 = conv(width, width, (1, 3, 3), (1, strides[1], strides[1]))
+        self.norm2 = norm(width)
+        self.conv3 = conv(width, out_channels, (1, 1, 1), (1, 1, 1))
+        self.norm3 = norm(out_channels)
+        if spatial_stride == 1 and in_channels == out_channels:
+            self.shortcut_conv = self.shortcut_norm = None
+        else:
+            self.shortcut_conv = conv(
+                in_channels, out_channels, (1, 1, 1), (1, spatial_stride, spatial_stride)
+            )
+            self.shortcut_norm = norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, T, H, W) to (N, C_out, T, H / stride, W / stride)."""
+        y = self.conv1(x)
+        if self.recompute and _can_recompute(self.norm1, y):
+            return self._recomputing(x, y)
+        y = _norm_relu(self.norm1, y)
+        y = _norm_relu(self.norm2, self.conv2(y))
+        y = self.conv3(y)
+        if self.shortcut_conv is not None and self.shortcut_norm is not None:
+            x = self.shortcut_norm(self.shortcut_conv(x))
+        return _norm_relu(self.norm3, y, residual=x)
+
+    def _recomputing(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rest of `forward` after conv1: the same numbers, fewer of them kept for backward.
+
+        Kept are the outputs of conv1, conv2 and the block: as many bytes as a block of frozen
+        batch norm keeps. Backward applies norm1 and norm2 again, and the 1 x 1 x 1 convolutions.
+        """
+        assert isinstance(self.norm1, GroupNorm)
+        assert isinstance(self.norm2, GroupNorm)
+        y, again = self.norm1.relu_with_again(y)
+        with kept_as(y, again):
+            y = self.conv2(y)
+        y, again = self.norm2.relu_with_again(y)
+        relu2 = Recomputation(again, num_uses=2)  # by conv3's backward and by `conv3_again`
+        with kept_as(y, relu2):
+            y = self.conv3(y)
+        conv3_again = _convolve_again(self.conv3, relu2)
+        if self.shortcut_conv is not None and self.shortcut_norm is not None:
+            shortcut = self.shortcut_conv(x)
+            with kept_as(shortcut, _convolve_again(self.shortcut_conv, x.detach)):
+                x = self.shortcut_norm(shortcut)
+        with kept_as(y, conv3_again):
+            return _norm_relu(self.norm3, y, residual=x)
+
+
+def make_stage(
+    depth: int,
+    in_channels: int,
+    width: int,
+    *,
+    temporal_kernels: tuple[int, ...],
+    spatial_stride: int,
+    stride_in: StrideIn,
+    norm: NormFactory,
+    recompute: bool = True,
+    conv: ConvFactory = conv3d,
+) -> nn.Sequential:
+    """`depth` blocks; the first has the stride. `temporal_kernels` repeats over the blocks."""
+    out_channels = 4 * width
+    return nn.Sequential(
+        *(
+            Bottleneck(
+                in_channels if i == 0 else out_channels,
+                width,
+                out_channels,
+                temporal_kernel=temporal_kernel,
+                spatial_stride=spatial_stride if i == 0 else 1,
+                stride_in=stride_in,
+                norm=norm,
+                conv=conv,
+                recompute=recompute,
+            )
+            for i, temporal_kernel in enumerate(islice(cycle(temporal_kernels), depth))
+        )
+    )
+
+
+class Head(nn.Module):
+    """Average pooling, dropout and the linear classifier."""
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, features: Tensor, window: tuple[int, int] | None) -> Tensor:
+        """Features (N, C, T, H, W) to logits, (N, K) or with a window (N, K, 1, H', W')."""
+        if window is None:
+            return self.linear(self.dropout(features.mean((2, 3, 4))))
+        map_height, map_width = features.shape[3:]
+        if not (1 <= window[0] <= map_height and 1 <= window[1] <= map_width):
+            raise ValueError(
+                f"window={window} does not fit the {map_height}x{map_width} feature map; give the "
+                "size of the map at the training crop (7x7 for 224 pixels) and clips no smaller "
+                "than that crop"
+            )
+        pooled = F.avg_pool3d(features, (features.shape[2], *window), stride=1)
+        # A 1x1x1 convolution is the linear layer at every position.
+        return self.linear(self.dropout(pooled).movedim(1, -1)).movedim(-1, 1)
+
+
+class I3D(nn.Module):
+    """Inflated 3-D ResNet with bottleneck blocks, clips to logits.
+
+    Shapes of the 32-frame form at 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`):
+
+        conv1 64,16,112,112 -> pool1 64,8,55,55 -> res2 256,8,55,55 -> pool2 256,4,55,55
+        -> res3 512,4,28,28 -> res4 1024,4,14,14 -> res5 2048,4,7,7 -> head
+
+    Args:
+        depths: blocks of res2 to res5.
+        norm: a name for `i3d_gn.norm.make_norm`, or a function from a number of channels to a
+            layer, for instance `functools.partial(make_norm, "gn", channels_per_group=16)`.
+        num_classes: K.
+        width: channels of conv1 and inner channels of res2; each stage doubles the latter.
+        form: `long` for 32 and 64 frames, `8x8` ([NL]'s and pytorchvideo's short form: no
+            temporal stride in conv1 and pool1), or `mmaction2`, whose pool1 has the temporal
+            stride of `long` and a temporal kernel of 1.
+        inflate: False for C2D, all convolutions of temporal kernel 1; pooling stays.
+        pool_padding: spatial padding of pool1: 0 as in [NL]'s code, a 55 x 55 map at 224 pixels,
+            or 1 as in PySlowFast and pytorchvideo, 56 x 56.
+        paper_pools: temporal kernels of pool1 and pool2 as printed in the [NL] paper's Table 1,
+            3 (padded by 1) in place of 2; `long` form only.
+        stride_in: which convolution of a stage's first block has the stride: the `3x3`, as in
+            torchvision, or the first `1x1`, as in the original MSRA form.
+        dropout: probability before the classifier.
+        zero_init_last_norm: start each block's last gamma from 0 ([GN] section 4.1).
+        checkpoint_stages: stages, `res2` to `res5`, whose activations training recomputes in
+            backward in place of keeping them.
+        recompute: let blocks with group norm keep for backward no more than blocks with frozen
+            batch norm do, about half of what batch norm keeps; backward computes the rest again.
+            It takes effect where the fused kernels of group norm run (CUDA), except in
+            `checkpoint_stages` and under `torch.compile`, which decides this by itself.
+
+    Raises:
+        ValueError: an option outside its choices.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, int, int, int],
+        *,
+        norm: str | NormFactory = "gn",
+        num_classes: int = 400,
+        width: int = 64,
+        form: str = "long",
+        inflate: bool = True,
+        pool_padding: int = 0,
+        paper_pools: bool = False,
+        stride_in: StrideIn = "3x3",
+        dropout: float = 0.5,
+        zero_init_last_norm: bool = True,
+        checkpoint_stages: Collection[str] = (),
+        recompute: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_choice("form", form, tuple(FORMS))
+        _check_choice("pool_padding", pool_padding, (0, 1))
+        _check_choice("stride_in", stride_in, ("3x3", "1x1"))
+        for name in checkpoint_stages:
+            _check_choice("checkpoint_stages entry", name, STAGE_NAMES)
+        if paper_pools and form != "long":
+            raise ValueError(f"paper_pools=True belongs to form='long'; got form={form!r}")
+        norm_factory = partial(make_norm, norm) if isinstance(norm, str) else norm
+        conv1_stride, pool1_kernel, pool1_stride = FORMS[form]
+        if paper_pools:
+            pool1_kernel = 3
+        pool2_kernel = 3 if paper_pools else 2
+        temporal_pool_padding = 1 if paper_pools else 0
+
+        self.zero_init_last_norm = zero_init_last_norm
+        self.checkpoint_stages = frozenset(checkpoint_stages)
+        self.recompute = recompute
+        self.conv1 = conv3d(3, width, (5 if inflate else 1, 7, 7), (conv1_stride, 2, 2))
+        self.norm1 = norm_factory(width)
+        if checkpoint_stages and isinstance(self.norm1, BatchRenorm):
+            raise ValueError(
+                f"checkpoint_stages={tuple(checkpoint_stages)} with norm 'brn': what it recomputes "
+                "would see other running statistics; leave checkpoint_stages empty"
+            )
+        self.pool1 = nn.MaxPool3d(
+            (pool1_kernel, 3, 3),
+            (pool1_stride, 2, 2),
+            (temporal_pool_padding, pool_padding, pool_padding),
+        )
+        stages = [
+            make_stage(
+                depth,
+                width if i == 0 else 4 * width * 2 ** (i - 1),
+                width * 2**i,
+                temporal_kernels=temporal_kernels if inflate else (1,),
+                spatial_stride=1 if i == 0 else 2,
+                stride_in=stride_in,
+                norm=norm_factory,
+                # Inside a checkpoint these tensors would be kept, not dropped.
+                recompute=recompute and STAGE_NAMES[i] not in self.checkpoint_stages,
+            )
+            for i, (depth, temporal_kernels) in enumerate(
+                zip(depths, TEMPORAL_KERNELS, strict=True)
+            )
+        ]
+        self.res2 = stages[0]
+        self.pool2 = nn.MaxPool3d((pool2_kernel, 1, 1), (2, 1, 1), (temporal_pool_padding, 0, 0))
+        self.res3, self.res4, self.res5 = stages[1:]
+        self.head = Head(4 * width * 8, num_classes, dropout)
+        self._init_weights()
+
+    def forward(self, clips: Tensor, *, window: tuple[int, int] | None = None) -> Tensor:
+        """Classify clips.
+
+        Args:
+            clips: (N, 3, T, H, W), floating point, normalised.
+            window: None averages the whole res5 map. (h, w) is fully convolutional testing: the
+                average over all of time and a sliding h x w window, at stride 1, then the
+                classifier at each position. Use the size of the map at the training crop, 7 x 7 at
+                224 pixels, where both forms agree; take the softmax per position.
+
+        Returns:
+            Logits (N, K), or with a window (N, K, 1, H', W').
+
+        Raises:
+            ValueError: clips of another shape or type, too small for the network or the window.
+        """
+        if clips.dim() != 5 or clips.shape[1] != 3:
+            raise ValueError(f"clips have shape {tuple(clips.shape)}; expected (N, 3, T, H, W)")
+        if not clips.is_floating_point():
+            raise ValueError(f"clips are {clips.dtype}; normalise them to floating point first")
+        self.feature_size(*clips.shape[2:])
+        x = self.conv1(clips)
+        if self.recompute and isinstance(self.norm1, GroupNorm) and _can_recompute(self.norm1, x):
+            x, again = self.norm1.relu_with_again(x)
+            with kept_as(x, again):
+                x = self.pool1(x)
+        else:
+            x = self.pool1(_norm_relu(self.norm1, x))
+        x = self._run_stage("res2", x)
+        x = self.pool2(x)
+        for name in STAGE_NAMES[1:]:
+            x = self._run_stage(name, x)
+        return self.head(x, window)
+
+    def feature_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Size (T, H, W) of the res5 map for clips of this size, by arithmetic.
+
+        Raises:
+            ValueError: the clip is too small; names the smallest size that is not.
+        """
+        layers = self._size_changing_layers()
+        size = (
+            _chain_length(layers, 0, num_frames),
+            _chain_length(layers, 1, height),
+            _chain_length(layers, 2, width),
+        )
+        if 0 in size:
+            least = [
+                next(n for n in count(1) if _chain_length(layers, axis, n)) for axis in range(3)
+            ]
+            raise ValueError(
+                f"a clip of {num_frames} frames of {height}x{width} pixels is too small for this "
+                f"network; it takes at least {least[0]} frames of {least[1]}x{least[2]} pixels"
+            )
+        return size
+
+    def reset_norms(self) -> None:
+        """Set normalisation layers to their initial values: gamma 1, last gammas as configured."""
+        for name, module in self.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if name.rpartition(".")[2] in NORM_NAMES and callable(reset):
+                reset()
+        if self.zero_init_last_norm:
+            for module in self.modules():
+                # Only what training can lift from zero: the buffers of a frozen norm stay.
+                if isinstance(module, Bottleneck) and isinstance(
+                    gamma := getattr(module.norm3, "weight", None), nn.Parameter
+                ):
+                    nn.init.zeros_(gamma)
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.head.linear.weight, std=0.01)
+        nn.init.zeros_(self.head.linear.bias)
+        self.reset_norms()
+
+    def _run_stage(self, name: str, x: Tensor) -> Tensor:
+        stage = self.get_submodule(name)
+        if name not in self.checkpoint_stages or not torch.is_grad_enabled():
+            return stage(x)
+        batch_norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
+        contexts = partial(_recompute_contexts, batch_norms) if batch_norms else noop_context_fn
+        # Stages draw no random numbers, so the generators' states need not be kept.
+        return checkpoint(
+            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+    def _size_changing_layers(self) -> list[nn.Conv3d | nn.MaxPool3d]:
+        layers: list[nn.Conv3d | nn.MaxPool3d] = [self.conv1, self.pool1]
+        for stage, pool in (
+            (self.res2, self.pool2),
+            (self.res3, None),
+            (self.res4, None),
+            (self.res5, None),
+        ):
+            first = stage[0]
+            assert isinstance(first, Bottleneck)
+            for conv in (first.conv1, first.conv2):
+                assert isinstance(conv, nn.Conv3d)
+                layers.append(conv)
+            if pool is not None:
+                layers.append(pool)
+        return layers
+
+
+def i3d_resnet50(norm: str | NormFactory = "gn", num_classes: int = 400, **options: Any) -> I3D:
+    """I3D ResNet-50; `options` are those of `I3D`. 28,043,472 parameters with 400 classes."""
+    return I3D((3, 4, 6, 3), norm=norm, num_classes=num_classes, **options)
+
+
+def i3d_resnet101(norm: str | NormFactory = "gn", num_classes: int = 400, **options: Any) -> I3D:
+    """I3D ResNet-101; `options` are those of `I3D`."""
+    return I3D((3, 4, 23, 3), norm=norm, num_classes=num_classes, **options)
+
+
+def i3d_tiny(norm: str | NormFactory = "gn", num_classes: int = 400, **options: Any) -> I3D:
+    """A narrow I3D of one block a stage, for demonstrations and tests on a CPU.
+
+    16 channels in conv1, which 32 groups do not divide: `gn` means 8 groups here.
+    """
+    norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
+    return I3D((1, 1, 1, 1), norm=norm, num_classes=num_classes, width=16, **options)
+
+
+def _norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Normalise, add the residual, apply ReLU: in one go where the layer can."""
+    if isinstance(norm, GroupNorm):
+        return norm(x, relu=True, residual=residual)
+    y = norm(x)
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True)
+
+
+def _can_recompute(norm: nn.Module, x: Tensor) -> bool:
+    return (
+        isinstance(norm, GroupNorm)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and uses_fused_kernels(x)
+    )
+
+
+def _convolve_again(
+    conv: nn.Conv2d | nn.Conv3d, input: Callable[[], Tensor]
+) -> Callable[[], Tensor]:
+    """A function that convolves once more, in backward, with the weight of now."""
+    weight, version = conv.weight.detach(), conv.weight._version
+
+    def again() -> Tensor:
+        # What autograd checks of the tensors that it keeps.
+        if weight._version != version:
+            raise RuntimeError(
+                "a convolution's weight was modified between forward and backward, which computes "
+                "the convolution again; make I3D with recompute=False to do that"
+            )
+        x = input()
+        convolve = F.conv3d if weight.dim() == 5 else F.conv2d
+        return convolve(x, weight.to(x.dtype), None, conv.stride, conv.padding)
+
+    return again
+
+
+def _check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} {value!r} is unknown; choose one of {choices}")
+
+
+def _chain_length(layers: list[nn.Conv3d | nn.MaxPool3d], axis: int, length: int) -> int:
+    """Length along T, H or W (axis 0, 1, 2) after the layers; 0 if one has nothing to see."""
+    for layer in layers:
+        kernel, stride, padding = (
+            values[axis] if isinstance(values, tuple) else values
+            for values in (layer.kernel_size, layer.stride, layer.padding)
+        )
+        assert isinstance(kernel, int)
+        assert isinstance(stride, int)
+        assert isinstance(padding, int)
+        length = (length + 2 * padding - kernel) // stride + 1
+        if length < 1:
+            return 0
+    return length
+
+
+@contextmanager
+def _statistics_held(batch_norms: list[_BatchNorm]) -> Iterator[None]:
+    """Normalise as the first time, without updating running statistics a second time."""
+    kept = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms]
+    for module, _, num_batches_tracked in kept:
+        module.momentum = 0.0  # running = (1 - 0) * running + 0 * batch, exactly
+        if num_batches_tracked is not None:
+            module.num_batches_tracked = num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for module, momentum, num_batches_tracked in kept:
+            module.momentum = momentum
+            module.num_batches_tracked = num_batches_tracked
+
+
+def _recompute_contexts(
+    batch_norms: list[_BatchNorm],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_held(batch_norms)

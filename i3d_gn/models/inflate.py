@@ -1,0 +1,245 @@
+"""Inflation: start a 3-D network from the weights of a 2-D one (Carreira & Zisserman 2017).
+
+A 2-D kernel is repeated along time and divided by the number of repeats, so that a clip of one
+still image gives the 2-D network's features, away from the temporal borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from i3d_gn.models.i3d import I3D, NORM_NAMES
+from i3d_gn.models.tensor_names import own_name
+from i3d_gn.models.weight_files import read_weight_file
+
+
+@dataclass(frozen=True)
+class InflationReport:
+    """What became of every tensor, by state-dict key.
+
+    Attributes:
+        loaded: keys of the model that were filled.
+        left_at_init: keys of the model that were not: the head's, and with convolutions only those
+            of the normalisation layers.
+        unused: keys of the source that nothing was made of, the 2-D classifier `fc` among them.
+    """
+
+    loaded: tuple[str, ...]
+    left_at_init: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"inflated {len(self.loaded)} tensors; {len(self.left_at_init)} left at their initial "
+            f"values ({_some(self.left_at_init)}); {len(self.unused)} of the source unused "
+            f"({_some(self.unused)})"
+        )
+
+
+def inflate_kernel(weight_2d: Tensor, temporal_kernel: int) -> Tensor:
+    """Repeat (O, I, H, W) along time and divide: (O, I, temporal_kernel, H, W), same sum."""
+    if weight_2d.dim() != 4:
+        raise ValueError(f"weight has shape {tuple(weight_2d.shape)}; expected (O, I, H, W)")
+    if temporal_kernel < 1:
+        raise ValueError(f"temporal_kernel={temporal_kernel}; expected 1 or more")
+    return weight_2d[:, :, None].repeat(1, 1, temporal_kernel, 1, 1) / temporal_kernel
+
+
+def load_imagenet_weights(
+    model: I3D,
+    source: str | PathLike[str] | Mapping[str, Tensor],
+    convolutions_only: bool = False,
+    source_norm: str | None = None,
+) -> InflationReport:
+    """Fill an I3D network from a 2-D ResNet, all but the head; in place, all or nothing.
+
+    Batch norm's weights go into `bn`, `sync_bn` and `frozen_bn`, group norm's into `gn`. For any
+    other pair, ask for the convolutions only: normalisation layers then start afresh, gamma 1, beta
+    0, the last gamma of each block as the model was configured.
+
+    Args:
+        model: the network, of the source's depth.
+        source: a 2-D state dict with torchvision's names (`conv1`, `bn1`, `layer1.0.conv1`, ...,
+            `fc`; a `module.` prefix is ignored) or ours, or the path of one, alone in its file or
+            under `state_dict`. Any floating-point type.
+        convolutions_only: leave the source's normalisation layers unused.
+        source_norm: `ln` or `in`, which the tensors do not tell from `gn`.
+
+    Returns:
+        What was loaded, left and unused.
+
+    Raises:
+        ValueError: no such file, no state dict in it, or source and model do not match in depth,
+            shapes or normalisation. The model is then unchanged.
+    """
+    origin = "the given state dict" if isinstance(source, Mapping) else str(source)
+    source_2d = _strip_prefix(_as_state_dict(source, origin))
+    return _fill(
+        model, source_2d, origin, convolutions_only, source_norm=source_norm, with_head=False
+    )
+
+
+def load_video_weights(
+    model: I3D,
+    source: Mapping[str, Tensor],
+    convolutions_only: bool = False,
+    source_norm: str | None = None,
+) -> InflationReport:
+    """Fill an I3D network from another, the head too if it has as many classes.
+
+    Otherwise as `load_imagenet_weights`, with a state dict of 3-D kernels under our names.
+    """
+    head = model.head.linear.weight.shape
+    return _fill(
+        model,
+        source,
+        "the given state dict",
+        convolutions_only,
+        source_norm=source_norm,
+        with_head="head.linear.weight" in source and source["head.linear.weight"].shape == head,
+    )
+
+
+def _fill(
+    model: I3D,
+    source: Mapping[str, Tensor],
+    origin: str,
+    convolutions_only: bool,
+    *,
+    source_norm: str | None,
+    with_head: bool,
+) -> InflationReport:
+    targets = {
+        key: t for key, t in model.state_dict().items() if with_head or not key.startswith("head.")
+    }
+    if not convolutions_only:
+        _check_same_norm(source, model, origin, source_norm)
+
+    mapped: dict[str, tuple[str, Tensor]] = {}
+    unused, unknown = [], []
+    for key, tensor in source.items():
+        target = _target_key(key)
+        if target is not None and (
+            (target.startswith("head.") and not with_head)
+            or (convolutions_only and _is_norm_key(target))
+        ):
+            unused.append(key)
+        elif target in targets:
+            mapped[target] = (key, tensor)
+        elif target is not None and target.endswith(".num_batches_tracked"):
+            unused.append(key)  # a frozen batch norm does not count
+        else:
+            unknown.append(key)
+    left = [k for k in targets if k not in mapped and convolutions_only and _is_norm_key(k)]
+    missing = [
+        key
+        for key in targets
+        # Batch norms saved before torch 0.4.1 have no count; it does not enter the result.
+        if key not in mapped and key not in left and not key.endswith(".num_batches_tracked")
+    ]
+    if unknown or missing:
+        raise ValueError(
+            f"{origin} does not fit the model: {len(unknown)} tensors have no place in it "
+            f"({_some(unknown)}) and {len(missing)} of the model's are not filled "
+            f"({_some(missing)}); give weights with torchvision's names and the model's depth"
+        )
+    values = {
+        target: _fit(tensor, targets[target], key, origin)
+        for target, (key, tensor) in mapped.items()
+    }
+
+    if convolutions_only:
+        model.reset_norms()
+    with torch.no_grad():
+        for key, value in values.items():
+            targets[key].copy_(value)
+    left += [key for key in model.state_dict() if key not in mapped and key not in left]
+    return InflationReport(loaded=tuple(values), left_at_init=tuple(left), unused=tuple(unused))
+
+
+def _as_state_dict(
+    source: str | PathLike[str] | Mapping[str, Tensor], origin: str
+) -> Mapping[str, Tensor]:
+    content: Any = source if isinstance(source, Mapping) else read_weight_file(source)[0]
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
+        raise ValueError(
+            f"weights {origin}: not a state dict, which maps names to tensors; save "
+            "model.state_dict()"
+        )
+    return content
+
+
+def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def _target_key(key: str) -> str | None:
+    """Our name of a torchvision tensor, or of ours, None if it has none."""
+    return own_name(key, "torchvision") or own_name(key, "i3d_gn")
+
+
+def _is_norm_key(target_key: str) -> bool:
+    return target_key.split(".")[-2] in NORM_NAMES
+
+
+def _check_same_norm(
+    source: Mapping[str, Tensor], model: I3D, origin: str, source_norm: str | None
+) -> None:
+    has_norms = any(_is_norm_key(target) for key in source if (target := _target_key(key)))
+    has_statistics = any(key.endswith(".running_mean") for key in source)
+    source_norm = source_norm or ("bn" if has_statistics else "gn" if has_norms else "none")
+    model_norm = _model_norm(model)
+    if source_norm != model_norm:
+        raise ValueError(
+            f"{origin} has norm {source_norm!r} and the model {model_norm!r}: the weights of one "
+            "mean nothing to the other. To take the convolutions alone and start the normalisation "
+            "layers afresh, pass convolutions_only=True (config key "
+            "model.weights_convolutions_only: true)"
+        )
+
+
+def _model_norm(model: I3D) -> str:
+    """`bn` for all of its kinds, `gn`, `ln`, `in`, or `none`."""
+    if any(key.endswith(".running_mean") for key in model.state_dict()):
+        return "bn"
+    groups = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    if groups:
+        if all(m.num_groups == 1 for m in groups):
+            return "ln"
+        return "in" if all(m.num_groups == m.num_channels for m in groups) else "gn"
+    return "gn" if any(_is_norm_key(key) for key in model.state_dict()) else "none"
+
+
+def _fit(tensor: Tensor, target: Tensor, key: str, origin: str) -> Tensor:
+    """Upcast, inflate a 2-D kernel where the target is a 3-D one, and check the shape."""
+    expected = tuple(target.shape)
+    inflates = target.dim() == 5 and tensor.dim() != 5
+    if inflates:
+        expected = (*expected[:2], *expected[3:])
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{origin}: {key} has shape {tuple(tensor.shape)}, the model needs {expected}; give "
+            "weights of the model's depth and width"
+        )
+    # Before dividing: half-precision storage should not cost a second rounding.
+    tensor = tensor.to(target.dtype)
+    return inflate_kernel(tensor, target.shape[2]) if inflates else tensor
+
+
+def _some(keys: list[str] | tuple[str, ...]) -> str:
+    """A list short enough for one line; enough to tell which layers are meant."""
+    if not keys:
+        return "none"
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -1,0 +1,379 @@
+"""Weights of other codebases and of ours, under our names, with what they need to be used right."""
+
+import dataclasses
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from i3d_gn.models.tensor_names import (
+    Naming,
+    naming_of,
+    own_name,
+    pytorchvideo_name,
+    torchvision_name,
+    vgg16_names,
+)
+from i3d_gn.models.weight_files import read_weight_file, write_safetensors
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Caffe2's Kinetics models and those ported from them: 114.75 and 57.375 of 255.
+_KINETICS_MEAN, _KINETICS_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+# Detectron config.py PIXEL_MEANS, here as RGB.
+_DETECTRON_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+_TORCHVISION_ENUM = re.compile(r"(ResNet50|ResNet101|VGG16|VGG16_BN)_Weights\.\w+")
+_PYTORCHVIDEO_ZOO = "pytorchvideo/"
+_ZOO_NAMES = ("i3d_r50", "c2d_r50")
+_METADATA_KEY = "i3d_gn"
+_BN_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a network must be like for the weights to mean what they did.
+
+    None says that the file does not tell. The last four describe video networks, as the options of
+    `i3d_gn.models.I3D`.
+
+    Attributes:
+        source: whose weights, the naming they came in.
+        spatial_dims: 2 for kernels (O, I, H, W), 3 for (O, I, T, H, W).
+        norm: `bn` (any kind with running statistics), `gn`, `ln`, `in` or `none`.
+        num_groups, channels_per_group: of `gn`.
+        mean, std: of the input, RGB of 0..1.
+        stride_in: which convolution of a bottleneck has the stride.
+    """
+
+    source: str
+    spatial_dims: int
+    norm: str
+    num_groups: int | None = None
+    channels_per_group: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    stride_in: str | None = None
+    form: str | None = None
+    inflate: bool | None = None
+    pool_padding: int | None = None
+    paper_pools: bool | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's tensors under our names, and what is known of the network."""
+
+    tensors: dict[str, Tensor]
+    info: WeightsInfo
+
+
+def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
+    """Read weights in any naming that is known; see docs/weights.md for the list.
+
+    Args:
+        source: a file (safetensors, torch.save, Caffe2 pickle; a checkpoint of ours too), the name
+            of a torchvision enum (`ResNet50_Weights.IMAGENET1K_V2`) or of a network in
+            pytorchvideo's zoo (`pytorchvideo/i3d_r50`), which are downloaded once, or a state dict.
+
+    Raises:
+        ValueError: the file cannot be read, is refused, or has tensors that no known network has.
+    """
+    origin = "the given state dict" if isinstance(source, Mapping) else str(source)
+    metadata: dict[str, str] = {}
+    from_torchvision_itself = _TORCHVISION_ENUM.fullmatch(origin) is not None
+    if isinstance(source, Mapping):
+        content: Any = source
+    elif from_torchvision_itself or origin.startswith(_PYTORCHVIDEO_ZOO):
+        content = _download(origin)
+    else:
+        content, metadata = read_weight_file(source)
+    tensors = _tensors_of(content, origin)
+    naming = naming_of(tensors)
+    if naming is None:
+        raise ValueError(
+            f"weights {origin}: tensors {_some(sorted(tensors))} are of no network known here; "
+            "known are ResNet-50/101 and VGG-16 of torchvision, timm, GroupNorm-reproduce, "
+            "Detectron (GN), video-nonlocal-net, PySlowFast, pytorchvideo, mmaction2 and i3d_gn"
+        )
+    renamed = _rename(tensors, naming, origin)
+    if _METADATA_KEY in metadata:
+        return Weights(renamed, _info_from_json(metadata[_METADATA_KEY], origin))
+    if isinstance(content, Mapping) and {"config", "input", "model"} <= content.keys():
+        return Weights(renamed, _info_of_checkpoint(content, renamed))
+    if naming == "caffe2_bn":
+        renamed = _complete_affine(renamed)
+    info = _info_by_naming(naming, renamed)
+    if naming == "caffe2_gn":
+        renamed["conv1.weight"] = _fold_input(renamed["conv1.weight"], info)
+    if from_torchvision_itself:
+        info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD, stride_in="3x3")
+    return Weights(renamed, info)
+
+
+def write_weights(path: str | PathLike[str], weights: Weights, *, naming: Naming) -> None:
+    """Write safetensors whose metadata is `weights.info`.
+
+    Args:
+        path: of the file.
+        weights: with our names.
+        naming: `i3d_gn`, `torchvision` for image networks or `pytorchvideo` for video networks.
+
+    Raises:
+        ValueError: a tensor has no name in that naming.
+    """
+    write_safetensors(
+        path,
+        export_names(weights.tensors, naming),
+        {_METADATA_KEY: json.dumps(dataclasses.asdict(weights.info))},
+    )
+
+
+def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """Rename our tensors to `torchvision`'s or `pytorchvideo`'s names (`i3d_gn`: as they are).
+
+    Raises:
+        ValueError: a tensor has no name there.
+    """
+    if naming == "i3d_gn":
+        return dict(tensors)
+    is_video = _spatial_dims(tensors) == 3
+    if naming != ("pytorchvideo" if is_video else "torchvision"):
+        raise ValueError(
+            f"naming {naming!r} does not name {'video' if is_video else 'image'} networks; "
+            "torchvision names those of images, pytorchvideo those of video"
+        )
+    if "conv1_1.conv.weight" in tensors:
+        layers = vgg16_names(with_norm="conv1_1.norm.weight" in tensors)
+        return {
+            f"{layers[layer]}.{tensor}": value
+            for (layer, _, tensor), value in ((k.rpartition("."), v) for k, v in tensors.items())
+        }
+    rename = pytorchvideo_name if is_video else torchvision_name
+    renamed = {name: rename(name) for name in tensors}
+    unnamed = [name for name, theirs in renamed.items() if theirs is None]
+    if unnamed:
+        raise ValueError(f"{naming} has no name for {_some(unnamed)}; keep naming i3d_gn")
+    return {str(renamed[name]): tensor for name, tensor in tensors.items()}
+
+
+def from_pytorchvideo(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a pytorchvideo I3D or C2D ResNet.
+
+    The zoo's `I3D_8x8_R50.pyth` holds the state dict under `model_state`; it is for
+    `i3d_resnet50("bn", form="8x8", pool_padding=1)`, C2D with `inflate=False` in addition.
+
+    Raises:
+        ValueError: a name that is none of theirs.
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        own = own_name(key, "pytorchvideo")
+        if own is None:
+            raise ValueError(
+                f"{key!r} is no tensor of a pytorchvideo I3D (blocks.0.conv.weight, ...); pass "
+                "the model's state dict, `model_state` in a checkpoint of its zoo"
+            )
+        renamed[own] = tensor
+    return renamed
+
+
+def _download(name: str) -> dict[str, Any]:
+    """What torchvision or pytorchvideo publishes under `name`, by way of torch.hub's cache."""
+    check_hash = False
+    if name.startswith(_PYTORCHVIDEO_ZOO):
+        url = _zoo_address(name.removeprefix(_PYTORCHVIDEO_ZOO))
+    else:
+        try:
+            url = torchvision.models.get_weight(name).url
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"torchvision has no weights {name!r}: {error}") from error
+        check_hash = True
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=check_hash, weights_only=True
+        )
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"weights {name}: cannot be had from {url} ({reason}); check the connection, or fetch "
+            "the file elsewhere and give its path"
+        ) from error
+
+
+def _zoo_address(zoo_name: str) -> str:
+    with warnings.catch_warnings():
+        # It scripts functions when it is imported, which current torch has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        from pytorchvideo.models.hub.resnet import checkpoint_paths  # noqa: PLC0415
+    if zoo_name not in _ZOO_NAMES:
+        raise ValueError(
+            f"weights {_PYTORCHVIDEO_ZOO}{zoo_name}: of pytorchvideo's zoo {', '.join(_ZOO_NAMES)} "
+            "are networks known here"
+        )
+    return checkpoint_paths[zoo_name]
+
+
+def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
+    """The state dict within `content`; arrays become tensors, what is no weight is left out."""
+    for wrapper in ("state_dict", "model_state", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if isinstance(content, Mapping) and any(isinstance(v, np.ndarray) for v in content.values()):
+        content = {
+            name: torch.from_numpy(np.array(value))
+            for name, value in content.items()
+            if isinstance(value, np.ndarray) and value.ndim and not name.endswith("_momentum")
+        }
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
+        raise ValueError(
+            f"weights {origin}: not a state dict, which maps names to tensors; save "
+            "model.state_dict()"
+        )
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _rename(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[str, Tensor]:
+    if "features.0.weight" in tensors or "conv1_1.conv.weight" in tensors:
+        return _rename_vgg(tensors, origin)
+    renamed = {name: own_name(name, naming) for name in tensors}
+    unknown = [name for name, own in renamed.items() if own is None]
+    if unknown:
+        raise ValueError(
+            f"weights {origin}: by its names a network of {naming}, but no plain ResNet: "
+            f"{_some(unknown)} have no place (non-local blocks, two pathways and Caffe's BGR "
+            "batch norm models are not supported)"
+        )
+    own = {str(renamed[name]): tensor for name, tensor in tensors.items()}
+    if "head.linear.weight" in own:  # a 1x1x1 convolution in fully convolutional testing
+        own["head.linear.weight"] = own["head.linear.weight"].flatten(1)
+    return own
+
+
+def _rename_vgg(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    with_norm = "features.1.weight" in tensors or "conv1_1.norm.weight" in tensors
+    theirs = {their: own for own, their in vgg16_names(with_norm=with_norm).items()}
+    own_layers = set(theirs.values())
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        own = layer if layer in own_layers else theirs.get(layer)
+        if own is None:
+            raise ValueError(f"weights {origin}: {name} is no tensor of a VGG-16")
+        renamed[f"{own}.{kind}"] = tensor
+    return renamed
+
+
+def _complete_affine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics that make a batch norm the affine map it was folded into.
+
+    video-nonlocal-net's models for fine-tuning have `_bn_s` and `_bn_b` alone.
+    """
+    complete = {}
+    for name, tensor in tensors.items():
+        complete[name] = tensor
+        layer, _, kind = name.rpartition(".")
+        if "norm" in layer and kind == "bias" and f"{layer}.running_mean" not in tensors:
+            complete[f"{layer}.running_mean"] = torch.zeros_like(tensor)
+            complete[f"{layer}.running_var"] = torch.full_like(tensor, 1 - _BN_EPS)
+    return complete
+
+
+def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInfo:
+    norm = _norm_of(tensors)
+    known: dict[str, Any] = {}
+    if naming == "caffe2_gn":
+        known = {"mean": _DETECTRON_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
+    elif naming == "caffe2_bn":
+        known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
+        if _spatial_dims(tensors) == 3:
+            known |= {"form": "long", "pool_padding": 0}
+    elif naming in ("pytorchvideo", "pyslowfast"):
+        known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
+        known |= {"form": "8x8", "pool_padding": 1}
+    elif naming == "mmaction2":
+        known = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
+        known |= {"form": "mmaction2", "pool_padding": 1}
+    if _spatial_dims(tensors) == 3:
+        known |= {"inflate": tensors["conv1.weight"].shape[2] > 1, "paper_pools": False}
+    return WeightsInfo(
+        source=naming,
+        spatial_dims=_spatial_dims(tensors),
+        norm=norm,
+        num_groups=32 if norm == "gn" else None,
+        **known,
+    )
+
+
+def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightsInfo:
+    """Of a checkpoint that training wrote, for video or for images."""
+    model = content["config"]["model"]
+    norm = model["norm"]
+    is_gn = norm == "gn"
+    is_video = _spatial_dims(tensors) == 3
+    by_default = 8 if model["name"].endswith("_tiny") else 32
+    per_group = model["channels_per_group"] if is_gn else None
+    return WeightsInfo(
+        source="i3d_gn",
+        spatial_dims=3 if is_video else 2,
+        norm="bn" if _norm_of(tensors) == "bn" else norm,
+        num_groups=(model["num_groups"] or by_default) if is_gn and per_group is None else None,
+        channels_per_group=per_group,
+        mean=tuple(content["input"]["mean"]),
+        std=tuple(content["input"]["std"]),
+        stride_in=model.get("stride_in", "3x3"),
+        form=model["form"] if is_video else None,
+        inflate=model["inflate"] if is_video else None,
+        pool_padding=model["pool_padding"] if is_video else None,
+        paper_pools=False if is_video else None,
+    )
+
+
+def _info_from_json(text: str, origin: str) -> WeightsInfo:
+    try:
+        values = json.loads(text)
+        for key in ("mean", "std"):
+            values[key] = None if values[key] is None else tuple(values[key])
+        return WeightsInfo(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"weights {origin}: metadata {_METADATA_KEY!r} is not what `i3d-gn convert` writes "
+            f"({error}); convert the original again"
+        ) from error
+
+
+def _fold_input(conv1: Tensor, info: WeightsInfo) -> Tensor:
+    """From Detectron's input, BGR of 0..255 less a mean, to RGB of 0..1 normalised by info.std.
+
+    With x = (rgb / 255 - mean) / std, Detectron's channel is 255 * std * x. The mean has to stay
+    Detectron's: a convolution that pads with zeros and has no bias cannot take up another.
+    """
+    assert info.std is not None
+    scale = 255 * torch.tensor(info.std, dtype=torch.float64)
+    return (conv1.flip(1).double() * scale.view(1, 3, 1, 1)).to(conv1.dtype)
+
+
+def _norm_of(tensors: Mapping[str, Tensor]) -> str:
+    if any(name.endswith(".running_mean") for name in tensors):
+        return "bn"
+    return "gn" if any("norm" in name for name in tensors) else "none"
+
+
+def _spatial_dims(tensors: Mapping[str, Tensor]) -> int:
+    first = tensors.get("conv1.weight")
+    return 2 if first is None else first.dim() - 2
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

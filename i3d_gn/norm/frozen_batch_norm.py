@@ -1,0 +1,57 @@
+"""Batch norm whose statistics and affine parameters stay as loaded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm(nn.Module):
+    """BN* of [GN] section 4.2: a fixed affine map per channel, (N, C, *) in and out.
+
+    y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, all four of shape (C,) and
+    buffers under batch norm's names, as in detectron2 `layers/batch_norm.py`. A batch norm's state
+    dict loads into it. Training keeps no activation for it: the gradient does not depend on x.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_channels))
+        self.register_buffer("bias", torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, *); the computation is in float32 at least, the result in x's dtype."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        by_channel = (1, -1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(shift.view(by_channel), x, scale.view(by_channel)).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        """Make it the identity, up to eps."""
+        for buffer, value in (
+            (self.weight, 1.0),
+            (self.bias, 0.0),
+            (self.running_mean, 0.0),
+            (self.running_var, 1.0),
+        ):
+            buffer.fill_(value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Batch norm counts its batches; what is frozen does not.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What `print` shows between the parentheses."""
+        return f"{self.num_channels}, eps={self.eps}"

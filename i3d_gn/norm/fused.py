@@ -1,0 +1,327 @@
+"""Group norm, residual sum and ReLU as one operator on Triton kernels, forward and backward.
+
+Bytes per element in bf16: forward 6 (x read twice, y written), 8 with a residual; backward 10, or
+14 with a residual. Of an activation the forward keeps x, its input, alone; where a residual was
+added also the result, which the next convolution keeps anyway.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of the tile that a program works on, its channels at most, and programs per
+# multiprocessor: 16 elements for each of 256 threads, rows of 256 bytes, a few waves.
+_TILE_ELEMENTS = 4096
+_TILE_CHANNELS = 128
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+_NUM_WARPS = 8
+_COMBINE_BLOCK = 256
+
+
+class _Tiling(NamedTuple):
+    """How programs share a tensor (N, C, *) out."""
+
+    num_samples: int
+    num_channels: int
+    num_rows: int  # S, positions of a sample
+    channel_stride: int
+    row_stride: int
+    block_s: int
+    block_c: int
+    num_chunks: int  # per sample and BLOCK_C channels
+    iterations: int  # tiles of a chunk
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.num_channels, self.num_rows, self.channel_stride, self.row_stride
+
+    @property
+    def num_programs(self) -> int:
+        return self.num_samples * -(-self.num_channels // self.block_c) * self.num_chunks
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_S": self.block_s, "BLOCK_C": self.block_c, "num_warps": _NUM_WARPS}
+
+
+def _tiling(x: Tensor) -> _Tiling:
+    num_samples, num_channels = x.shape[:2]
+    num_rows = x.numel() // (num_samples * num_channels)
+    if x.is_contiguous() and num_rows > 1:
+        channel_stride, row_stride = num_rows, 1
+        block_s = min(_TILE_ELEMENTS, _next_power_of_2(num_rows))
+        block_c = min(_TILE_ELEMENTS // block_s, _next_power_of_2(num_channels))
+    else:
+        channel_stride, row_stride = 1, num_channels
+        block_c = min(_TILE_CHANNELS, _next_power_of_2(num_channels))
+        block_s = min(_TILE_ELEMENTS // block_c, _next_power_of_2(num_rows))
+    # Split the rows of a sample until there are programs enough for the device.
+    num_tiles = -(-num_rows // block_s)
+    columns = num_samples * -(-num_channels // block_c)
+    num_chunks = min(num_tiles, max(1, _wanted_programs(x.device) // columns))
+    iterations = -(-num_tiles // num_chunks)
+    return _Tiling(
+        num_samples,
+        num_channels,
+        num_rows,
+        channel_stride,
+        row_stride,
+        block_s,
+        block_c,
+        num_chunks=-(-num_tiles // iterations),
+        iterations=iterations,
+    )
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _wanted_programs(device: torch.device) -> int:
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        return count * _PROGRAMS_PER_MULTIPROCESSOR
+    return 8  # Triton's interpreter: few, so that tests see chunks of several tiles
+
+
+def _kernels() -> ModuleType:
+    # Not at import: Triton is absent where torch is built for the CPU alone.
+    from i3d_gn.norm import triton_kernels  # noqa: PLC0415
+
+    return triton_kernels
+
+
+@torch.library.custom_op("i3d_gn::group_norm_fused", mutates_args=())
+def group_norm_fused(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Normalise, add `residual` if there is one, apply ReLU on request.
+
+    Args:
+        x: (N, C, *) in float32, bfloat16 or float16, contiguous or dense channels_last, not empty.
+        residual: of x's shape, dtype and strides; with `relu` only.
+        num_groups: G, a divisor of C.
+        weight: (C,) in float32.
+        bias: (C,) in float32.
+        eps: added to the variance.
+        relu: whether negative results become 0.
+
+    Returns:
+        The result, in x's dtype and layout, and the statistics (2, N, G) in float32: means and
+        reciprocal standard deviations.
+    """
+    kernels, tiling = _kernels(), _tiling(x)
+    num_groups_in_all = tiling.num_samples * num_groups
+    group_size = tiling.num_channels // num_groups
+    partial = x.new_empty(
+        (2, tiling.num_samples, tiling.num_chunks, tiling.num_channels), dtype=torch.float32
+    )
+    statistics = x.new_empty((2, tiling.num_samples, num_groups), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        kernels.partial_statistics[(tiling.num_programs,)](
+            x, *partial, *tiling.shape, tiling.num_chunks, tiling.iterations, **tiling.options
+        )
+        kernels.combine_statistics[(num_groups_in_all,)](
+            *partial,
+            *statistics,
+            tiling.num_channels,
+            tiling.num_rows,
+            num_groups,
+            group_size,
+            tiling.num_chunks,
+            tiling.iterations * tiling.block_s,
+            eps,
+            BLOCK=_COMBINE_BLOCK,
+            num_warps=4,
+        )
+    return _normalize(x, residual, num_groups, weight, bias, statistics, relu), statistics
+
+
+@torch.library.custom_op("i3d_gn::group_norm_fused_again", mutates_args=())
+def group_norm_fused_again(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
+) -> Tensor:
+    """The result of `group_norm_fused` a second time, bit for bit, from its statistics."""
+    return _normalize(x, None, num_groups, weight, bias, statistics, relu)
+
+
+def _normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    relu: bool,
+) -> Tensor:
+    tiling = _tiling(x)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _kernels().normalize[(tiling.num_programs,)](
+            x,
+            x if residual is None else residual,
+            y,
+            *statistics,
+            weight,
+            bias,
+            *tiling.shape,
+            num_groups,
+            tiling.num_channels // num_groups,
+            tiling.num_chunks,
+            tiling.iterations,
+            RELU=relu,
+            RESIDUAL=residual is not None,
+            **tiling.options,
+        )
+    return y
+
+
+@torch.library.custom_op("i3d_gn::group_norm_fused_backward", mutates_args=())
+def group_norm_fused_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, residual, weight and bias.
+
+    Args:
+        grad_y: of x's shape, dtype and strides.
+        x: as in the forward.
+        y: the forward's result if it had a residual.
+        num_groups: as in the forward, like weight, bias and relu.
+        weight: (C,).
+        bias: (C,).
+        statistics: from the forward.
+        relu: whether the forward applied it.
+
+    Returns:
+        The gradients; that of the residual is empty if there was none.
+    """
+    kernels, tiling = _kernels(), _tiling(x)
+    group_size = tiling.num_channels // num_groups
+    has_residual = y is not None
+    grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
+    partial = x.new_empty(
+        (2, tiling.num_samples, tiling.num_chunks, tiling.num_channels), dtype=torch.float32
+    )
+    averages = torch.empty_like(statistics)
+    grad_x = torch.empty_like(x)
+    per_tile = (
+        *tiling.shape,
+        num_groups,
+        group_size,
+        tiling.num_chunks,
+        tiling.iterations,
+    )
+    fused = {"RELU": relu, "RESIDUAL": has_residual}
+    with torch.cuda.device_of(x):
+        kernels.partial_gradient_sums[(tiling.num_programs,)](
+            grad_y,
+            x,
+            y if has_residual else x,
+            grad_residual,
+            *statistics,
+            weight,
+            bias,
+            *partial,
+            *per_tile,
+            **fused,
+            **tiling.options,
+        )
+        kernels.combine_gradient_sums[(tiling.num_samples * num_groups,)](
+            *partial,
+            weight,
+            *averages,
+            tiling.num_channels,
+            tiling.num_rows,
+            num_groups,
+            group_size,
+            tiling.num_chunks,
+            BLOCK=_COMBINE_BLOCK,
+            num_warps=4,
+        )
+        kernels.input_gradient[(tiling.num_programs,)](
+            grad_residual if has_residual else grad_y,
+            x,
+            grad_x,
+            *statistics,
+            weight,
+            bias,
+            *averages,
+            *per_tile,
+            **fused,
+            **tiling.options,
+        )
+    grad_weight, grad_bias = partial.flatten(1, 2).sum(1)
+    return grad_x, grad_residual, grad_weight.clone(), grad_bias.clone()
+
+
+@group_norm_fused.register_fake
+def _(x, residual, num_groups, weight, bias, eps, relu):
+    return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
+
+
+@group_norm_fused_again.register_fake
+def _(x, num_groups, weight, bias, statistics, relu):
+    return torch.empty_like(x)
+
+
+@group_norm_fused_backward.register_fake
+def _(grad_y, x, y, num_groups, weight, bias, statistics, relu):
+    grad_residual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), grad_residual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, num_groups, weight, bias, _, relu = inputs
+    y, statistics = output
+    ctx.num_groups = num_groups
+    ctx.relu = relu
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(statistics)
+    saved = (x, weight, bias, statistics)
+    ctx.save_for_backward(*saved, y) if ctx.has_residual else ctx.save_for_backward(*saved)
+
+
+def _backward(ctx, grad_y, _grad_statistics):
+    x, weight, bias, statistics, *y = ctx.saved_tensors
+    # The gradient of a sum or a slice is not dense; give it the layout of x.
+    grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
+    grad_x, grad_residual, grad_weight, grad_bias = group_norm_fused_backward(
+        grad_y, x, y[0] if y else None, ctx.num_groups, weight, bias, statistics, ctx.relu
+    )
+    return grad_x, grad_residual if y else None, None, grad_weight, grad_bias, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def _ignore_context(ctx, inputs, output):
+    pass
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "the fused group norm has no second derivative; set the environment variable "
+        "I3D_GN_NORM_KERNEL=native to differentiate twice"
+    )
+
+
+group_norm_fused.register_autograd(_backward, setup_context=_setup_context)
+group_norm_fused_backward.register_autograd(_no_second_derivative, setup_context=_ignore_context)

@@ -1,0 +1,350 @@
+"""Triton kernels of group norm; `i3d_gn.norm.fused` launches them.
+
+A sample is a matrix of S = T*H*W rows and C channels at the strides of its layout, so contiguous
+and channels_last tensors run through the same code. A program owns BLOCK_C channels and a chunk of
+`iterations * BLOCK_S` rows of one sample, and walks down the chunk one tile [BLOCK_S, BLOCK_C] at a
+time. What it adds up stays per channel; only the two `combine` kernels, which read a few numbers
+per channel and chunk, know what a group is. Hence any group size, without padding.
+
+Row numbers are 64-bit and so is every index made of them: tensors may exceed 2^31 elements.
+Everything is computed in float32, the combination of partial results in float64.
+"""
+
+# ruff: noqa: N803 (constants of a kernel are written in capitals)
+# The type checker takes a kernel's pointers and scalars for plain Python values.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _locate(program, num_channels, num_chunks, BLOCK_C: tl.constexpr):
+    """The sample, channels and chunk of a program; chunks of one sample are neighbours."""
+    num_tiles = tl.cdiv(num_channels, BLOCK_C)
+    chunk = (program % num_chunks).to(tl.int64)
+    tile = (program // num_chunks) % num_tiles
+    sample = (program // num_chunks // num_tiles).to(tl.int64)
+    return sample, tile * BLOCK_C + tl.arange(0, BLOCK_C), chunk
+
+
+@triton.jit
+def partial_statistics(
+    x_ptr,
+    partial_mean_ptr,  # (N, chunks, C)
+    partial_m2_ptr,  # (N, chunks, C), sums of squared deviations from partial_mean
+    num_channels,
+    num_rows,
+    channel_stride,
+    row_stride,
+    num_chunks,
+    iterations,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Welford's mean and M2 per channel of a chunk, in every element of the tile, then joined."""
+    sample, channel, chunk = _locate(tl.program_id(0), num_channels, num_chunks, BLOCK_C)
+    row = tl.arange(0, BLOCK_S)
+    first_row = chunk * iterations * BLOCK_S
+    chunk_rows = tl.minimum(num_rows - first_row, iterations * BLOCK_S)
+    in_channels = channel < num_channels
+    x_ptr += sample * num_rows * num_channels + first_row * row_stride
+    offset = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
+
+    mean = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    for i in range(iterations):
+        inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        delta = tl.where(inside, x - mean, 0.0)
+        mean += delta * (1.0 / (i + 1))
+        m2 += delta * (x - mean)
+        x_ptr += BLOCK_S * row_stride
+
+    # Join the tile's rows. The second sum mends the rounding of the first, which is large against
+    # the deviations where these are small against the mean.
+    count = tl.maximum((chunk_rows - row + BLOCK_S - 1) // BLOCK_S, 0).to(tl.float32)[:, None]
+    share = count / chunk_rows.to(tl.float32)
+    rough_mean = tl.sum(mean * share, axis=0)
+    difference = (mean - rough_mean[None, :]) * count
+    chunk_mean = rough_mean + tl.sum(difference, axis=0) / chunk_rows.to(tl.float32)
+    deviation = mean - chunk_mean[None, :]
+    chunk_m2 = tl.sum(m2 + count * deviation * deviation, axis=0)
+    entry = (sample * num_chunks + chunk) * num_channels + channel
+    tl.store(partial_mean_ptr + entry, chunk_mean, mask=in_channels)
+    tl.store(partial_m2_ptr + entry, chunk_m2, mask=in_channels)
+
+
+@triton.jit
+def combine_statistics(
+    partial_mean_ptr,
+    partial_m2_ptr,
+    mean_ptr,  # (N, G)
+    rstd_ptr,  # (N, G)
+    num_channels,
+    num_rows,
+    num_groups,
+    group_size,
+    num_chunks,
+    chunk_size,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """A group's mean and reciprocal standard deviation (Chan et al. 1979), one program a group."""
+    sample = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    first_entry = sample * num_chunks * num_channels + group * group_size
+    num_entries = num_chunks * group_size
+    total_count = tl.cast(num_rows, tl.float64) * tl.cast(group_size, tl.float64)
+
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, num_entries, BLOCK):
+        number = first + tl.arange(0, BLOCK)
+        chunk = number // group_size
+        entry = first_entry + chunk.to(tl.int64) * num_channels + number % group_size
+        inside = number < num_entries
+        count = tl.minimum(num_rows - chunk.to(tl.int64) * chunk_size, chunk_size).to(tl.float64)
+        mean = tl.load(partial_mean_ptr + entry, mask=inside, other=0.0).to(tl.float64)
+        total += tl.where(inside, count * mean, 0.0)
+    group_mean = tl.sum(total, axis=0) / total_count
+
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, num_entries, BLOCK):
+        number = first + tl.arange(0, BLOCK)
+        chunk = number // group_size
+        entry = first_entry + chunk.to(tl.int64) * num_channels + number % group_size
+        inside = number < num_entries
+        count = tl.minimum(num_rows - chunk.to(tl.int64) * chunk_size, chunk_size).to(tl.float64)
+        mean = tl.load(partial_mean_ptr + entry, mask=inside, other=0.0).to(tl.float64)
+        m2 = tl.load(partial_m2_ptr + entry, mask=inside, other=0.0).to(tl.float64)
+        deviation = mean - group_mean
+        total += tl.where(inside, m2 + count * deviation * deviation, 0.0)
+    variance = tl.sum(total, axis=0) / total_count
+
+    tl.store(mean_ptr + tl.program_id(0), group_mean.to(tl.float32))
+    tl.store(rstd_ptr + tl.program_id(0), (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
+
+
+@triton.jit
+def normalize(
+    x_ptr,
+    residual_ptr,  # as x, read if RESIDUAL
+    y_ptr,
+    mean_ptr,  # (N, G)
+    rstd_ptr,  # (N, G)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    num_channels,
+    num_rows,
+    channel_stride,
+    row_stride,
+    num_groups,
+    group_size,
+    num_chunks,
+    iterations,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Result y = (x - mean) * rstd * weight + bias, then + residual, then ReLU."""
+    # The last samples first: they were read last, so they may still be in the L2 cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, channel, chunk = _locate(program, num_channels, num_chunks, BLOCK_C)
+    row = tl.arange(0, BLOCK_S)
+    first_row = chunk * iterations * BLOCK_S
+    chunk_rows = tl.minimum(num_rows - first_row, iterations * BLOCK_S)
+    in_channels = channel < num_channels
+    start = sample * num_rows * num_channels + first_row * row_stride
+    offset = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
+    x_ptr += start
+    y_ptr += start
+    if RESIDUAL:
+        residual_ptr += start
+
+    entry = sample * num_groups + channel // group_size
+    mean = tl.load(mean_ptr + entry, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + entry, mask=in_channels, other=0.0)
+    scale = rstd * tl.load(weight_ptr + channel, mask=in_channels, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=in_channels, other=0.0)
+    for i in range(iterations):
+        inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+        if RESIDUAL:
+            y += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            residual_ptr += BLOCK_S * row_stride
+        if RELU:
+            y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, unlike maximum
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        x_ptr += BLOCK_S * row_stride
+        y_ptr += BLOCK_S * row_stride
+
+
+@triton.jit
+def partial_gradient_sums(
+    grad_y_ptr,
+    x_ptr,
+    y_ptr,  # the forward's result, read if RESIDUAL
+    grad_residual_ptr,  # written if RESIDUAL
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_projection_ptr,  # (N, chunks, C): sums of grad * x_normalized
+    partial_total_ptr,  # (N, chunks, C): sums of grad
+    num_channels,
+    num_rows,
+    channel_stride,
+    row_stride,
+    num_groups,
+    group_size,
+    num_chunks,
+    iterations,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The two sums that all gradients need; `grad` is the gradient before the ReLU.
+
+    Where the result is at hand (RESIDUAL: the next convolution keeps it anyway) its sign is the
+    ReLU's mask, otherwise the mask is recomputed from x.
+    """
+    sample, channel, chunk = _locate(tl.program_id(0), num_channels, num_chunks, BLOCK_C)
+    row = tl.arange(0, BLOCK_S)
+    first_row = chunk * iterations * BLOCK_S
+    chunk_rows = tl.minimum(num_rows - first_row, iterations * BLOCK_S)
+    in_channels = channel < num_channels
+    start = sample * num_rows * num_channels + first_row * row_stride
+    offset = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
+    grad_y_ptr += start
+    x_ptr += start
+    if RESIDUAL:
+        y_ptr += start
+        grad_residual_ptr += start
+
+    group_entry = sample * num_groups + channel // group_size
+    mean = tl.load(mean_ptr + group_entry, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + group_entry, mask=in_channels, other=0.0)
+    scale = rstd * tl.load(weight_ptr + channel, mask=in_channels, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=in_channels, other=0.0)
+    projection = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    for i in range(iterations):
+        inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
+        grad = tl.load(grad_y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        if RESIDUAL:
+            y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.where(y <= 0.0, 0.0, grad)
+            grad_in_dtype = grad.to(grad_residual_ptr.dtype.element_ty)
+            tl.store(grad_residual_ptr + offset, grad_in_dtype, mask=inside)
+            y_ptr += BLOCK_S * row_stride
+            grad_residual_ptr += BLOCK_S * row_stride
+        elif RELU:
+            grad = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        projection += grad * centred
+        total += grad
+        grad_y_ptr += BLOCK_S * row_stride
+        x_ptr += BLOCK_S * row_stride
+
+    entry = (sample * num_chunks + chunk) * num_channels + channel
+    projection_sum = tl.sum(projection, axis=0) * rstd
+    tl.store(partial_projection_ptr + entry, projection_sum, mask=in_channels)
+    tl.store(partial_total_ptr + entry, tl.sum(total, axis=0), mask=in_channels)
+
+
+@triton.jit
+def combine_gradient_sums(
+    partial_projection_ptr,
+    partial_total_ptr,
+    weight_ptr,
+    slope_ptr,  # (N, G): means over a group of weight * grad * x_normalized
+    level_ptr,  # (N, G): means over a group of weight * grad
+    num_channels,
+    num_rows,
+    num_groups,
+    group_size,
+    num_chunks,
+    BLOCK: tl.constexpr,
+):
+    """A group's two averages, one program a group."""
+    sample = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    first_entry = sample * num_chunks * num_channels + group * group_size
+    num_entries = num_chunks * group_size
+
+    slope = tl.zeros([BLOCK], dtype=tl.float64)
+    level = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, num_entries, BLOCK):
+        number = first + tl.arange(0, BLOCK)
+        channel = number % group_size
+        entry = first_entry + (number // group_size).to(tl.int64) * num_channels + channel
+        inside = number < num_entries
+        weight = tl.load(weight_ptr + group * group_size + channel, mask=inside, other=0.0)
+        projection = tl.load(partial_projection_ptr + entry, mask=inside, other=0.0)
+        total = tl.load(partial_total_ptr + entry, mask=inside, other=0.0)
+        slope += weight.to(tl.float64) * projection.to(tl.float64)
+        level += weight.to(tl.float64) * total.to(tl.float64)
+    count = tl.cast(num_rows, tl.float64) * tl.cast(group_size, tl.float64)
+    tl.store(slope_ptr + tl.program_id(0), (tl.sum(slope, axis=0) / count).to(tl.float32))
+    tl.store(level_ptr + tl.program_id(0), (tl.sum(level, axis=0) / count).to(tl.float32))
+
+
+@triton.jit
+def input_gradient(
+    grad_ptr,  # the gradient before the ReLU if RESIDUAL, after it otherwise
+    x_ptr,
+    grad_x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    slope_ptr,
+    level_ptr,
+    num_channels,
+    num_rows,
+    channel_stride,
+    row_stride,
+    num_groups,
+    group_size,
+    num_chunks,
+    iterations,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Result grad_x = rstd * (weight * grad - level - x_normalized * slope)."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # as in `normalize`
+    sample, channel, chunk = _locate(program, num_channels, num_chunks, BLOCK_C)
+    row = tl.arange(0, BLOCK_S)
+    first_row = chunk * iterations * BLOCK_S
+    chunk_rows = tl.minimum(num_rows - first_row, iterations * BLOCK_S)
+    in_channels = channel < num_channels
+    start = sample * num_rows * num_channels + first_row * row_stride
+    offset = row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
+    grad_ptr += start
+    x_ptr += start
+    grad_x_ptr += start
+
+    group_entry = sample * num_groups + channel // group_size
+    mean = tl.load(mean_ptr + group_entry, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + group_entry, mask=in_channels, other=0.0)
+    scale = rstd * tl.load(weight_ptr + channel, mask=in_channels, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=in_channels, other=0.0)
+    slope = tl.load(slope_ptr + group_entry, mask=in_channels, other=0.0) * rstd * rstd
+    level = tl.load(level_ptr + group_entry, mask=in_channels, other=0.0) * rstd
+    for i in range(iterations):
+        inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
+        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        if RELU and not RESIDUAL:
+            grad = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        grad_x = grad * scale[None, :] - level[None, :] - centred * slope[None, :]
+        tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        grad_ptr += BLOCK_S * row_stride
+        x_ptr += BLOCK_S * row_stride
+        grad_x_ptr += BLOCK_S * row_stride

@@ -1,0 +1,192 @@
+"""Tabulate and plot runs side by side.
+
+    python -m i3d_gn.report RUN [RUN ...] --out curves.png
+
+A RUN is an `output_dir`. The table goes to the terminal; the figure shows the training loss, the
+validation accuracy (one clip a video, as [GN] Fig. 7) and, for up to 30 classes, what the first run
+confuses in multi-clip testing.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from i3d_gn.command_line import run_command
+from i3d_gn.config import Config, load_config
+from i3d_gn.run_log import read_log
+
+MAX_CLASSES_IN_FIGURE = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an `output_dir` holds; `results` and `confusion` (K, K) once it was tested."""
+
+    name: str
+    config: Config
+    log: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    confusion: npt.NDArray[np.float64] | None
+    class_names: list[str]
+
+    def curve(self, kind: str, value: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the log's lines of one kind."""
+        lines = [line for line in self.log if line["kind"] == kind]
+        return [line["step"] for line in lines], [line[value] for line in lines]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn report", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write")
+    args = parser.parse_args(argv)
+    runs = [read_run(path) for path in args.runs]
+    print(table(runs))
+    plot(runs, args.out)
+    print(f"\ncurves: {args.out}")
+    return 0
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's config, log and newest multi-clip test.
+
+    Raises:
+        ValueError: `folder` is not the output_dir of a run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: no config.yaml in it; give the output_dir of a training run")
+    tests = sorted(folder.glob("test_*/results.json"), key=lambda path: path.stat().st_mtime)
+    results, confusion, class_names = None, None, []
+    if tests:
+        results = json.loads(tests[-1].read_text(encoding="utf-8"))
+        scores = pq.read_table(tests[-1].with_name("scores.parquet"))
+        class_names = json.loads((scores.schema.metadata or {})[b"class_names"])
+        confusion = _confusion(
+            np.array(scores["scores"].to_pylist()), scores["label"].to_numpy(), len(class_names)
+        )
+    return Run(
+        name=folder.name,
+        config=load_config(folder / "config.yaml"),
+        log=read_log(folder / "log.jsonl"),
+        results=results,
+        confusion=confusion,
+        class_names=class_names,
+    )
+
+
+def table(runs: list[Run]) -> str:
+    """A Markdown table with a row a run; `not run` where something is still to be done."""
+    rows = [
+        ["run", "norm", "clip", "clips/GPU", "steps", "train loss", "1-clip top-1",
+         "multi-clip top-1", "top-5", "videos", "skipped"]
+    ]  # fmt: skip
+    for run in runs:
+        steps, losses = run.curve("train", "loss")
+        _, accuracies = run.curve("val", "top1")
+        results = run.results
+        rows.append(
+            [
+                run.name,
+                run.config.model.norm,
+                f"{run.config.clip.num_frames}x{run.config.clip.stride}",
+                str(run.config.train.clips_per_gpu),
+                str(steps[-1]) if steps else "0",
+                f"{losses[-1]:.3f}" if losses else "not run",
+                f"{accuracies[-1]:.1f}" if accuracies else "not run",
+                f"{results['top1']:.1f} ({results['num_clips']} clips)" if results else "not run",
+                f"{results['top5']:.1f}" if results else "not run",
+                str(results["num_videos"]) if results else "-",
+                str(results["num_skipped"]) if results else "-",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Write the figure."""
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        first = runs[0]
+        with_confusion = (
+            first.confusion is not None and len(first.class_names) <= MAX_CLASSES_IN_FIGURE
+        )
+        widths = [1.6, 1] if with_confusion else [1]
+        figure = Figure(figsize=(14 if with_confusion else 9, 4), layout="constrained")
+        parts = figure.subfigures(1, len(widths), squeeze=False, width_ratios=widths)
+        axes = parts[0, 0].subplots(1, 2)
+        for run in runs:
+            axes[0].plot(*run.curve("train", "loss"), label=run.name)
+            (line,) = axes[1].plot(*run.curve("val", "top1"), marker="o", ms=3, label=run.name)
+            if run.results is not None:
+                axes[1].plot(
+                    run.results["step"], run.results["top1"], marker="*", ms=12,
+                    color=line.get_color(), clip_on=False, linestyle="none",
+                )  # fmt: skip
+        chance = 100 / first.config.model.num_classes
+        axes[1].axhline(chance, color="0.6", lw=1, ls=":", label="chance")
+        axes[0].set(title="training", xlabel="step", ylabel="cross-entropy")
+        axes[1].set(
+            title="validation: one clip a video, multi-clip test (star)",
+            xlabel="step",
+            ylabel="top-1 accuracy (%)",
+            ylim=(0, 102),
+        )
+        for axis in axes[:2]:
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
+        axes[1].legend(frameon=False)
+        if with_confusion:
+            assert first.confusion is not None
+            _draw_confusion(parts[0, 1].subplots(), first.confusion, first.class_names, first.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.tmp{path.suffix or '.png'}")
+        figure.savefig(temporary, dpi=130)
+        temporary.replace(path)
+
+
+def _draw_confusion(
+    axis: Axes, confusion: npt.NDArray[np.float64], class_names: list[str], run_name: str
+) -> None:
+    axis.imshow(confusion, cmap="Blues", vmin=0, vmax=100)
+    ticks = range(len(class_names))
+    axis.set_xticks(ticks, class_names, rotation=45, ha="right")
+    axis.set_yticks(ticks, class_names)
+    axis.set(title=f"{run_name}: multi-clip test (% of a class)", xlabel="predicted", ylabel="true")
+    for row in ticks:
+        for column in ticks:
+            if confusion[row, column] >= 0.5:
+                axis.text(
+                    column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
+                    color="white" if confusion[row, column] > 60 else "black",
+                )  # fmt: skip
+
+
+def _confusion(
+    scores: npt.NDArray[np.floating], labels: npt.NDArray[np.integer], num_classes: int
+) -> npt.NDArray[np.float64]:
+    """(K, K) percentages of each true class (row) by predicted class."""
+    counts = np.zeros((num_classes, num_classes))
+    np.add.at(counts, (labels, scores.argmax(axis=1)), 1)
+    return 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,270 @@
+"""Train a network from one YAML file.
+
+    python -m i3d_gn.train CONFIG [key=value ...] [--print-config]
+    torchrun --nproc-per-node 8 -m i3d_gn.train CONFIG [key=value ...]
+
+Writes under `output_dir`: `config.yaml` (resolved), `log.jsonl`, `tensorboard/`, `checkpoints/`.
+Started again, it goes on after the newest checkpoint as if it had never stopped.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from i3d_gn import build
+from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint, load_model_state
+from i3d_gn.command_line import run_command
+from i3d_gn.config import Config, ConfigError, load_config, to_dict, to_yaml
+from i3d_gn.data.index import VideoIndex
+from i3d_gn.data.kinetics import ClipBatch, Stream
+from i3d_gn.data.loader import (
+    EachVideoOnce,
+    ShuffledMicroBatches,
+    micro_batches_per_process,
+)
+from i3d_gn.device_clips import DeviceClips
+from i3d_gn.distributed import World, join_world
+from i3d_gn.evaluate import evaluate_model
+from i3d_gn.models import I3D
+from i3d_gn.optim import build_sgd, learning_rate
+from i3d_gn.output_dir import claim_output_dir
+from i3d_gn.run_log import RunLog
+from i3d_gn.step_loop import run_steps
+from i3d_gn.training import (
+    Trainer,
+    batch_norm_layers,
+    reestimate_bn_statistics,
+    validate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn train", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change config values")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and stop"
+    )
+    args = parser.parse_intermixed_args(argv)
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    with join_world() as world:
+        train(config, world)
+    return 0
+
+
+def train(config: Config, world: World) -> None:
+    """Train to `config.train.steps`, from the newest checkpoint under `output_dir` if there is one.
+
+    Raises:
+        ConfigError: the indexes or an earlier run under `output_dir` do not fit the config.
+        NonFiniteLossError: training diverged; the checkpoints written before it are good.
+        ValueError: too many clips could not be decoded.
+    """
+    recipe = config.train
+    output_dir = Path(config.output_dir)
+    checkpoints = output_dir / "checkpoints"
+    train_index = build.load_index(config.data.train_index, config)
+    val_index = build.load_index(config.data.val_index, config)
+    if train_index.class_names != val_index.class_names:
+        raise ConfigError(
+            f"{config.data.train_index} and {config.data.val_index} number their classes "
+            "differently; make the second with --label-map and the first"
+        )
+    claim_output_dir(output_dir, config, world)
+
+    # The network and where it stands.
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    model = build.build_model(config)
+    model.to(world.device)
+    if build.uses_channels_last(world, config):
+        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = build_sgd(
+        model,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        norm_weight_decay=recipe.norm_weight_decay,
+    )
+    micro_batches = micro_batches_per_process(
+        global_batch_size=recipe.global_batch_size,
+        clips_per_gpu=recipe.clips_per_gpu,
+        world_size=world.size,
+    )
+    first_step, num_broken, saved = 0, 0, None
+    resume_from = latest_checkpoint(checkpoints)
+    if resume_from is None:
+        mean, std = build.load_starting_weights(model, config)
+    else:
+        saved = load_checkpoint(resume_from)
+        mean, std = tuple(saved["input"]["mean"]), tuple(saved["input"]["std"])
+        load_model_state(model, saved["model"], path=resume_from)
+        optimizer.load_state_dict(saved["optimizer"])
+        first_step, num_broken = saved["step"], saved["num_broken"]
+        logger.info("resuming after step %d from %s", first_step, resume_from)
+    to_device = build.device_clips(world, config, mean=mean, std=std)
+    if recipe.compile:
+        model.compile()
+    network = DistributedDataParallel(model) if world.size > 1 else model
+    trainer = Trainer(
+        network,
+        optimizer,
+        to_device=to_device,
+        clips_per_gpu=recipe.clips_per_gpu,
+        micro_batches=micro_batches,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        clip_grad_norm=recipe.clip_grad_norm,
+    )
+    if saved is not None:
+        trainer.load_state(saved["trainer"])
+
+    # The steps.
+    def lr_at(step: int) -> float:
+        return learning_rate(
+            step,
+            steps=recipe.steps,
+            lr=recipe.lr,
+            lr_batch_size=recipe.lr_batch_size,
+            global_batch_size=recipe.global_batch_size,
+            schedule=recipe.schedule,
+            milestones=recipe.milestones,
+            warmup_steps=recipe.warmup_steps,
+        )
+
+    def contents() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "config": to_dict(config),
+            "input": {"mean": list(mean), "std": list(std)},
+        }
+
+    with contextlib.ExitStack() as stack:
+        log = None
+        if world.is_main:
+            log = stack.enter_context(contextlib.closing(RunLog(output_dir, last_step=first_step)))
+        run_steps(
+            trainer,
+            iter(_training_batches(train_index, config, world, first_step=first_step)),
+            steps=range(first_step, recipe.steps),
+            lr_at=lr_at,
+            validate=lambda done: _validate(
+                model, train_index, val_index, config, world, to_device, step=done, log=log
+            ),
+            contents=contents,
+            checkpoints=checkpoints,
+            world=world,
+            log=log,
+            log_every=recipe.log_every,
+            validate_every=recipe.validate_every,
+            checkpoint_every=recipe.checkpoint_every,
+            keep_checkpoints=recipe.keep_checkpoints,
+            num_broken=num_broken,
+            max_broken=config.data.max_broken_clips,
+        )
+
+
+def _training_batches(
+    index: VideoIndex, config: Config, world: World, *, first_step: int
+) -> DataLoader[ClipBatch]:
+    order = ShuffledMicroBatches(
+        len(index),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        clips_per_gpu=config.train.clips_per_gpu,
+        rank=world.rank,
+        world_size=world.size,
+        first_step=first_step,
+        last_step=config.train.steps,
+    )
+    clips = build.random_clips(index, config, stream=Stream.TRAIN_CLIP)
+    return build.clip_loader(clips, order, world, config)
+
+
+def _validate(
+    model: I3D,
+    train_index: VideoIndex,
+    val_index: VideoIndex,
+    config: Config,
+    world: World,
+    to_device: DeviceClips,
+    *,
+    step: int,
+    log: RunLog | None,
+) -> None:
+    """Re-estimate BN's statistics if there are any, then score the validation videos."""
+    recipe = config.train
+    if batch_norm_layers(model):
+        order = ShuffledMicroBatches(
+            len(train_index),
+            seed=config.seed,
+            global_batch_size=recipe.clips_per_gpu * world.size,
+            clips_per_gpu=recipe.clips_per_gpu,
+            rank=world.rank,
+            world_size=world.size,
+            first_step=0,
+            last_step=recipe.precise_bn_iterations,
+        )
+        clips = build.random_clips(train_index, config, stream=Stream.PRECISE_BN_CLIP, salt=step)
+        reestimate_bn_statistics(model, build.clip_loader(clips, order, world, config), to_device)
+    each_video = EachVideoOnce(
+        len(val_index), clips_per_gpu=recipe.clips_per_gpu, rank=world.rank, world_size=world.size
+    )
+    clips = build.random_clips(val_index, config, stream=Stream.VALIDATION_CLIP, salt=step)
+    values, broken = validate(model, build.clip_loader(clips, each_video, world, config), to_device)
+    for line in broken:
+        logger.warning("left out of validation: %s", line)
+    if log is not None:
+        log.write("val", step, values)
+        logger.info(
+            "step %d/%d  validation, one clip a video: loss %.4f  top-1 %.1f %%  top-5 %.1f %%",
+            step, recipe.steps, values["loss"], values["top1"], values["top5"],
+        )  # fmt: skip
+    if recipe.validate_multi_clip:
+        outcome = evaluate_model(
+            model,
+            config,
+            world,
+            folder=Path(config.output_dir) / f"val_step_{step:08d}",
+            tag=f"step_{step:08d}",
+            mean=to_device.mean,
+            std=to_device.std,
+        )
+        if log is not None and outcome is not None:
+            metrics = outcome.metrics
+            log.write(
+                "test",
+                step,
+                {
+                    "top1": metrics.top1,
+                    "top5": metrics.top5,
+                    "mean_class_accuracy": metrics.mean_class_accuracy,
+                    "num_videos": metrics.num_videos,
+                    "num_skipped": len(outcome.skipped),
+                },
+            )
+            logger.info(
+                "step %d/%d  validation, %d clips a video: top-1 %.1f %%  top-5 %.1f %%",
+                step, recipe.steps, config.test.num_clips, metrics.top1, metrics.top5,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

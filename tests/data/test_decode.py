@@ -1,0 +1,433 @@
+"""Frames by index against a plain sequential decode, on every kind of file that is known to err."""
+
+import gc
+import pickle
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from i3d_gn.data import decode_pyav
+from i3d_gn.data.decode import (
+    Backend,
+    VideoDecodeError,
+    VideoInfo,
+    count_decodable_frames,
+    decode_frames,
+    probe_video,
+)
+from i3d_gn.data.transforms import CropPlan, evaluation_crops, random_crop_plan
+
+pytestmark = pytest.mark.timeout(120)
+
+H264 = {"g": "12", "bf": "3"}
+
+
+def x264(parameters: str, **options: str) -> dict[str, str]:
+    return {**H264, "x264-params": parameters, **options}
+
+
+X265 = "keyint=12:min-keyint=12:bframes=3:log-level=none:pools=1:frame-threads=1"
+VP9 = {"g": "30", "b": "100k", "lag-in-frames": "16", "auto-alt-ref": "1", "cpu-used": "8"}
+
+# Name of the file and how it is encoded.
+KINDS = {
+    "b-pyramid.mp4": {"options": x264("b-pyramid=normal:scenecut=0")},
+    "one-gop.mp4": {"options": x264("b-pyramid=normal:scenecut=0", g="250")},
+    "no-b-frames.mp4": {"options": {"g": "12", "bf": "0"}},
+    "all-intra.mp4": {"options": {"g": "1"}},
+    "open-gop.mp4": {"options": x264("open-gop=1:b-pyramid=normal:scenecut=0")},
+    "intra-refresh.mp4": {"options": x264("intra-refresh=1:scenecut=0", bf="0")},
+    "several-slices.mp4": {"options": x264("slices=4")},
+    "variable-rate.mp4": {
+        "options": H264,
+        "frame_pts": lambda t: 49 * t - 9 * (t // 7),
+    },
+    "late-start.mp4": {"options": H264, "frame_pts": lambda t: 40 * t + 10_000},
+    "negative-start.mkv": {"options": H264, "frame_pts": lambda t: 40 * t - 400},
+    "no-index.mkv": {"options": H264, "muxer_options": {"live": "1"}},
+    "transport.ts": {"options": x264("open-gop=1")},
+    "interlaced.mp4": {"options": x264("tff=1")},
+    "interlaced.ts": {"options": x264("tff=1")},
+    "ten-bit.mp4": {"options": H264, "pixel_format": "yuv420p10le"},
+    "odd-size.mp4": {"options": H264, "height": 65, "width": 97, "pixel_format": "yuv444p"},
+    "odd-size.webm": {"codec": "libvpx-vp9", "height": 65, "width": 97, "options": VP9},
+    "anamorphic.mp4": {"options": x264("sar=4/3")},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": X265}},
+    "hevc-open-gop.mkv": {"codec": "libx265", "options": {"x265-params": X265 + ":open-gop=1"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": VP9},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"g": "12", "preset": "12"}},
+}
+
+
+def index_sets(num_frames: int) -> list[list[int]]:
+    """Strided clips, looping, backwards, repeats, scattered frames, the ends."""
+    rng = np.random.default_rng(num_frames)
+    return [
+        *[[(start + 2 * k) % num_frames for k in range(16)] for start in (0, 7, num_frames - 9)],
+        list(range(num_frames - 1, -1, -1)),
+        [5, 5, 3, 5],
+        rng.integers(0, num_frames, 5).tolist(),
+        [0, num_frames - 1],
+        [num_frames // 2],
+    ]
+
+
+def assert_exact(path: Path, expected: np.ndarray, backend: Backend = "pyav") -> None:
+    """All of the frames asked for are those of ``expected``, which all differ."""
+    assert len(np.unique(expected.reshape(len(expected), -1), axis=0)) == len(expected)
+    for indices in index_sets(len(expected)):
+        got = decode_frames(path, indices, backend=backend)
+        wrong = [
+            i
+            for i, frame in zip(indices, got, strict=True)
+            if not np.array_equal(frame, expected[i])
+        ]
+        assert not wrong, f"asked for {indices}, wrong: {wrong}"
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_are_those_of_a_sequential_decode(
+    name, backend, tmp_path, encode_video, decode_sequentially
+):
+    path = encode_video(tmp_path / name, **KINDS[name])
+    expected = decode_sequentially(path)
+    assert len(expected) == 60
+    assert probe_video(path).num_frames == count_decodable_frames(path) == 60
+    assert_exact(path, expected, backend)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_cut_by_an_edit_list(backend, tmp_path, plain_video, remux_video, decode_sequentially):
+    """Packets before the cut are kept to decode from, but their frames are not shown."""
+    path = remux_video(
+        plain_video,
+        tmp_path / "cut.mp4",
+        first_packet=12,
+        shift_frames=-15,
+        avoid_negative_ts="disabled",
+    )
+    with av.open(str(path)) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0))
+    expected = decode_sequentially(path)
+    assert probe_video(path).num_frames == len(expected) == 45
+    assert_exact(path, expected, backend)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_cut_in_an_open_gop(backend, tmp_path, encode_video, remux_video, decode_sequentially):
+    """The first packets refer to a GOP that was cut off; decoders leave their frames out."""
+    whole = encode_video(
+        tmp_path / "open.mp4", options=x264("open-gop=1:b-pyramid=normal:scenecut=0")
+    )
+    path = remux_video(whole, tmp_path / "cut.mp4", first_packet=10)
+    expected = decode_sequentially(path)
+    assert probe_video(path).num_frames == len(expected) < 50
+    assert_exact(path, expected, backend)
+
+
+@pytest.mark.parametrize("name", ["b-pyramid.mp4", "open-gop.mp4", "no-index.mkv", "vp9.webm"])
+def test_large_files_are_read_by_seeking(
+    name, tmp_path, encode_video, decode_sequentially, monkeypatch
+):
+    path = encode_video(tmp_path / name, **KINDS[name])
+    monkeypatch.setattr(decode_pyav, "_KEEP_PACKETS_BYTES", 0)
+    assert_exact(path, decode_sequentially(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["b-pyramid.mp4", "open-gop.mp4", "variable-rate.mp4", "hevc-open-gop.mkv", "av1.mp4"]
+)
+def test_packets_behind_the_last_frame_are_not_read(
+    name, tmp_path, encode_video, decode_sequentially, monkeypatch
+):
+    path = encode_video(tmp_path / name, **KINDS[name])
+    expected = decode_sequentially(path)
+    monkeypatch.setattr(decode_pyav, "_CHUNK_PACKETS", 1)
+    monkeypatch.setattr(decode_pyav, "_MAX_REORDER", 4)  # these streams reorder no further
+    build = decode_pyav.FrameTableBuilder.build
+    read = []
+
+    def count(self):
+        table = build(self)
+        read.append(len(table.packet_pts))
+        return table
+
+    monkeypatch.setattr(decode_pyav.FrameTableBuilder, "build", count)
+    for last in range(60):
+        got = decode_frames(path, [last, last // 2])
+        assert np.array_equal(got, expected[[last, last // 2]])
+    assert read == [min(60, last + 5) for last in range(60)]
+
+
+def test_only_what_is_needed_is_decoded(plain_video, monkeypatch):
+    """A frame in the fourth GOP costs a part of that GOP, and no unreferenced frame beside it."""
+    decoded = []
+    take = decode_pyav._Collector.take
+
+    def count(self, index, frame):
+        decoded.append(index)
+        take(self, index, frame)
+
+    monkeypatch.setattr(decode_pyav._Collector, "take", count)
+    decode_frames(plain_video, [40])
+    assert 40 in decoded
+    assert len(decoded) <= 5
+    assert min(decoded) == 36
+    decoded.clear()
+    decode_frames(plain_video, range(0, 60, 2))
+    assert len(decoded) < 45
+
+
+def test_several_uses_of_a_frame_decode_it_once(plain_video, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        decode_pyav.FrameWriter, "write", lambda self, frame, row: written.append(frame.pts)
+    )
+    decode_frames(plain_video, [7, 3, 7, 3, 3])
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize(
+    ("matrix", "upright"),
+    [
+        ((1, 0, 0, 1), lambda a: a),
+        ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+        ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+        ((0, -1, 1, 0), lambda a: np.rot90(a, 1)),
+        ((-1, 0, 0, 1), lambda a: a[:, ::-1]),
+        ((1, 0, 0, -1), lambda a: a[::-1]),
+        ((0, 1, 1, 0), lambda a: a.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
+    ],
+)
+def test_rotation_and_mirroring_are_applied(
+    matrix, upright, tmp_path, plain_video, decode_sequentially
+):
+    """The matrix of the track header (ISO 14496-12, 8.3.2) is set by hand."""
+    data = bytearray(plain_video.read_bytes())
+    identity = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
+    at = data.find(identity, data.find(b"tkhd"))
+    a, b, c, d = (v << 16 for v in matrix)
+    data[at : at + 36] = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
+    path = tmp_path / "rotated.mp4"
+    path.write_bytes(data)
+    stored = decode_sequentially(path)
+    expected = np.stack([upright(frame) for frame in stored])
+
+    info = probe_video(path)
+    assert (info.height, info.width) == expected.shape[1:3]
+    indices = [4, 9, 30]
+    assert np.array_equal(decode_frames(path, indices), expected[indices])
+    assert np.array_equal(decode_frames(path, indices, backend="decord"), expected[indices])
+    height, width = expected.shape[1:3]
+    for flip in (False, True):
+        crop = CropPlan(height, width, 6, 10, 40, 30, flip=flip)
+        wanted = expected[indices, 6:46, 10:40]
+        got = decode_frames(path, indices, plan=crop)
+        assert np.array_equal(got, wanted[:, :, ::-1] if flip else wanted)
+    # The same window of the resized frame, whichever way it is stored.
+    crop = CropPlan(height * 5 // 4, width * 5 // 4, 9, 21, 50, 44, flip=True)
+    assert mean_difference(decode_frames(path, indices, plan=crop), expected[indices], crop) < 2.5
+
+
+def torchvision_crop(frames: np.ndarray, plan: CropPlan) -> np.ndarray:
+    resized = tv.resize(
+        torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2),
+        [plan.resize_height, plan.resize_width],
+        antialias=True,
+    )
+    cropped = tv.crop(resized, plan.top, plan.left, plan.height, plan.width)
+    if plan.flip:
+        cropped = tv.horizontal_flip(cropped)
+    return cropped.permute(0, 2, 3, 1).numpy()
+
+
+def mean_difference(got: np.ndarray, frames: np.ndarray, plan: CropPlan) -> float:
+    expected = torchvision_crop(frames, plan)
+    assert got.shape == expected.shape
+    return float(np.abs(got.astype(np.float64) - expected).mean())
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (240, 426), (360, 640)])
+def test_resized_crops_are_torchvisions(
+    height, width, backend, tmp_path, encode_video, decode_sequentially
+):
+    path = encode_video(
+        tmp_path / "video.mp4", height=height, width=width, num_frames=4, options=H264
+    )
+    frames = decode_sequentially(path)
+    biases = []
+    rng = np.random.default_rng(height)
+    for _ in range(12):
+        plan = random_crop_plan(
+            height, width, short_side=(256, 320), crop_size=224, flip_probability=0.5, rng=rng
+        )
+        got = decode_frames(path, [1, 3], plan=plan, backend=backend)
+        assert mean_difference(got, frames[[1, 3]], plan) < 2.0
+        biases.append((got - torchvision_crop(frames[[1, 3]], plan).astype(np.float64)).mean())
+    assert max(np.abs(biases)) < 1.6
+    if backend == "pyav":
+        # Only where the height grows by next to nothing, to an odd number, is there a bias.
+        assert np.median(np.abs(biases)) < 0.1
+
+
+def test_shrinking_is_antialiased(tmp_path, encode_video, decode_sequentially):
+    """Stripes finer than the small image can show turn grey instead of into coarser stripes."""
+    path = tmp_path / "stripes.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"qp": "1"})
+        stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
+        pixels = np.zeros((720, 1280, 3), dtype=np.uint8)
+        pixels[:, ::3] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+    plan, _ = evaluation_crops(720, 1280, short_side=160, mode="full")
+    got = decode_frames(path, [0], plan=plan)
+    assert mean_difference(got, decode_sequentially(path), plan) < 3
+    assert got[:, 8:-8, 8:-8].std() < 12 < pixels.std()
+
+
+def test_unscaled_crop_is_exact(plain_video, decode_sequentially):
+    frames = decode_sequentially(plain_video)
+    for top, left, flip in [(0, 0, False), (3, 5, False), (7, 30, True)]:
+        plan = CropPlan(64, 96, top, left, 48, 50, flip)
+        expected = frames[[2, 8], top : top + 48, left : left + 50]
+        got = decode_frames(plain_video, [2, 8], plan=plan)
+        assert np.array_equal(got, expected[:, :, ::-1] if flip else expected)
+
+
+def test_output_array_is_filled_and_returned(plain_video):
+    plan = CropPlan(64, 96, 0, 0, 32, 32)
+    for backend in ("pyav", "decord"):
+        out = np.empty((3, 32, 32, 3), dtype=np.uint8)
+        assert decode_frames(plain_video, [3, 1, 3], plan=plan, backend=backend, out=out) is out
+        assert np.array_equal(out, decode_frames(plain_video, [3, 1, 3], plan=plan))
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("indices", "options", "message"),
+    [
+        ([], {}, "non-empty list of integers"),
+        ([0.5], {}, "non-empty list of integers"),
+        ([[1, 2]], {}, "non-empty list of integers"),
+        ([3, -1], {}, "-1 is negative"),
+        ([0], {"out": np.empty((2, 64, 96, 3), np.uint8)}, "out has shape"),
+        ([0], {"out": np.empty((1, 64, 96, 3), np.float32)}, "out must be uint8"),
+    ],
+)
+def test_wrong_requests_are_explained(indices, options, message, backend, plain_video):
+    with pytest.raises(ValueError, match=message):
+        decode_frames(plain_video, indices, backend=backend, **options)
+
+
+def test_unknown_backend_names_the_known(plain_video):
+    with pytest.raises(ValueError, match="pyav, decord"):
+        decode_frames(plain_video, [0], backend="opencv")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("name", ["b-pyramid.mp4", "transport.ts"])
+def test_index_past_the_end_tells_the_length(name, backend, tmp_path, encode_video):
+    path = encode_video(tmp_path / name, **KINDS[name])
+    with pytest.raises(VideoDecodeError, match="only 60 frames") as raised:
+        decode_frames(path, [0, 60], backend=backend)
+    assert raised.value.frame == 60
+    assert raised.value.path == str(path)
+
+
+def test_probe_tells_what_the_file_holds(tmp_path, encode_video, plain_video):
+    expected = VideoInfo(
+        num_frames=60, fps=25.0, duration_seconds=2.4, width=96, height=64, codec="h264"
+    )
+    assert probe_video(plain_video) == expected
+    slow = encode_video(tmp_path / "slow.mkv", options=H264, rate=5, num_frames=30)
+    info = probe_video(slow)
+    assert (info.num_frames, info.fps) == (30, 5.0)
+    assert info.duration_seconds == pytest.approx(6.0, abs=0.01)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_file_that_breaks_off(backend, tmp_path, encode_video, decode_sequentially):
+    """Frames before the break are right; one behind it is an error that names the good ones."""
+    whole = encode_video(
+        tmp_path / "whole.mp4", options=H264, muxer_options={"movflags": "faststart"}
+    )
+    frames = decode_sequentially(whole)
+    path = tmp_path / "cut.mp4"
+    data = whole.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    good = count_decodable_frames(path)
+    assert 20 < good < 60
+    indices = [0, good // 2, good - 4]
+    assert np.array_equal(decode_frames(path, indices, backend=backend), frames[indices])
+    with pytest.raises(VideoDecodeError):
+        decode_frames(path, [59], backend=backend)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video" * 100])
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_what_is_no_video_is_one_error(content, backend, tmp_path):
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(content)
+    for read in (probe_video, count_decodable_frames):
+        with pytest.raises(VideoDecodeError, match=r"broken\.mp4: Invalid data"):
+            read(path)
+    with pytest.raises(VideoDecodeError, match=r"broken\.mp4: Invalid data"):
+        decode_frames(path, [0], backend=backend)
+
+
+def test_missing_file_is_one_error(tmp_path):
+    with pytest.raises(VideoDecodeError, match="No such file"):
+        decode_frames(tmp_path / "none.mp4", [0])
+
+
+def test_error_survives_pickling():
+    """Workers send it to the main process."""
+    error = VideoDecodeError("a.mp4", "broken", frame=3)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.path, copy.cause, copy.frame) == ("a.mp4", "broken", 3)
+    assert str(copy) == str(error) == "a.mp4, frame 3: broken"
+
+
+def test_names_that_look_like_options_or_patterns(tmp_path, plain_video, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-0abc.mp4", "_a b.mp4", "a%03d.mp4", "a:b.mp4", "[x]*.mp4"):
+        shutil.copy(plain_video, tmp_path / name)
+        assert len(decode_frames(Path(name), [0, 5])) == 2
+        assert len(decode_frames(Path(name), [0, 5], backend="decord")) == 2
+
+
+def resident_kilobytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_nothing_leaks(plain_video, tmp_path):
+    """Files are closed and memory stays, on success and on failure."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(plain_video.read_bytes()[:3000])
+    plan = CropPlan(80, 120, 4, 4, 64, 64)
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            decode_frames(plain_video, [1, 30], plan=plan)
+            with pytest.raises(VideoDecodeError):
+                decode_frames(broken, [0])
+
+    work(60)
+    gc.collect()
+    files, before = len(list(Path("/proc/self/fd").iterdir())), resident_kilobytes()
+    work(300)
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert resident_kilobytes() - before < 4_000

@@ -1,0 +1,188 @@
+"""The index file: what is written is read, and what cannot be right is refused."""
+
+import json
+import pickle
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
+
+CLASS_NAMES = ["air drumming", "massaging person's head", "yoga"]
+RECORD = VideoRecord(
+    path="yoga/-abc.mp4",
+    label=2,
+    num_frames=300,
+    fps=29.97,
+    duration_seconds=10.01,
+    width=454,
+    height=256,
+)
+
+
+def records():
+    return [
+        RECORD,
+        replace(RECORD, path="b c/_x y.mkv", label=0, num_frames=7, width=128, height=96),
+        replace(RECORD, path="unknown.mp4", label=-1, num_frames=1),
+    ]
+
+
+@pytest.fixture
+def index_path(tmp_path):
+    (tmp_path / "tree" / "videos").mkdir(parents=True)
+    path = tmp_path / "tree" / "lists" / "val.parquet"
+    write_index(path, records(), class_names=CLASS_NAMES, root=tmp_path / "tree" / "videos")
+    return path
+
+
+def test_what_is_written_is_read(index_path, tmp_path):
+    index = VideoIndex.load(index_path)
+    assert len(index) == 3
+    assert index.class_names == tuple(CLASS_NAMES)
+    assert index.paths == ["yoga/-abc.mp4", "b c/_x y.mkv", "unknown.mp4"]
+    for array, expected in [
+        (index.labels, [2, 0, -1]),
+        (index.num_frames, [300, 7, 1]),
+        (index.widths, [454, 128, 454]),
+        (index.heights, [256, 96, 256]),
+    ]:
+        assert array.dtype == np.int64
+        assert array.tolist() == expected
+        assert not array.flags.writeable
+    videos = tmp_path / "tree" / "videos"
+    assert [index.path_of(i) for i in range(3)] == [
+        videos / "yoga/-abc.mp4",
+        videos / "b c/_x y.mkv",
+        videos / "unknown.mp4",
+    ]
+    assert index.path_of(np.int64(1)) == videos / "b c/_x y.mkv"
+
+
+def test_other_programs_can_read_it(index_path):
+    table = pq.read_table(index_path)
+    assert table.to_pylist()[1] == {
+        "video_id": "_x y",
+        "path": "b c/_x y.mkv",
+        "label": 0,
+        "class_name": "air drumming",
+        "num_frames": 7,
+        "fps": 29.97,
+        "duration_seconds": 10.01,
+        "width": 128,
+        "height": 96,
+    }
+    assert table["class_name"].to_pylist()[2] is None
+    metadata = table.schema.metadata
+    assert json.loads(metadata[b"i3d_gn.class_names"]) == CLASS_NAMES
+    assert metadata[b"i3d_gn.root"] == b"../videos"
+
+
+def test_a_moved_tree_keeps_working(index_path, tmp_path):
+    (tmp_path / "tree").rename(tmp_path / "moved")
+    index = VideoIndex.load(tmp_path / "moved" / "lists" / "val.parquet")
+    assert index.path_of(0) == tmp_path / "moved" / "videos" / "yoga/-abc.mp4"
+
+
+def test_another_root_can_be_given(index_path, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    assert VideoIndex.load(index_path, tmp_path / "elsewhere").root == tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match=r"should lie under .*nowhere.* not a folder; pass the"):
+        VideoIndex.load(index_path, tmp_path / "nowhere")
+
+
+def test_a_pickle_is_only_the_path(index_path, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    index = VideoIndex.load(index_path, tmp_path / "elsewhere")
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 500 + 2 * len(str(tmp_path))
+    copy = pickle.loads(pickled)
+    assert copy.root == index.root
+    assert copy.paths == index.paths
+    assert copy.labels.tolist() == index.labels.tolist()
+
+
+def test_further_columns_are_ignored(index_path):
+    table = pq.read_table(index_path)
+    table = table.append_column("key_frames", pa.array([[0, 30], [0], [0]]))
+    pq.write_table(table, index_path)
+    assert VideoIndex.load(index_path).num_frames.tolist() == [300, 7, 1]
+
+
+def test_size_of_kinetics(tmp_path):
+    """240,000 videos load fast and without a Python object each."""
+    many = (
+        replace(RECORD, path=f"class {i % 400}/{i:011d}_000010_000020.mp4") for i in range(240_000)
+    )
+    path = tmp_path / "train.parquet"
+    write_index(path, many, class_names=CLASS_NAMES, root=tmp_path)
+    before, start = pa.total_allocated_bytes(), time.perf_counter()
+    index = VideoIndex.load(path)
+    assert time.perf_counter() - start < 2
+    assert pa.total_allocated_bytes() - before < 64 * 2**20
+    assert len(index) == 240_000
+    assert index.path_of(239_999).name == "00000239999_000010_000020.mp4"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], r"holds no video; see the report"),
+        (
+            [replace(RECORD, label=3)],
+            r"yoga/-abc.mp4 has label 3, .* number of classes, 3 .*--label-map",
+        ),
+        ([replace(RECORD, label=-2)], r"has label -2"),
+        ([RECORD, replace(RECORD, label=1)], r"path yoga/-abc.mp4 occurs more than once"),
+    ],
+)
+def test_bad_rows_are_refused(bad, message, index_path, tmp_path):
+    before = index_path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        write_index(index_path, bad, class_names=CLASS_NAMES, root=tmp_path)
+    assert index_path.read_bytes() == before
+    assert list(index_path.parent.iterdir()) == [index_path]
+
+    # A file that some other program wrote so is refused as well.
+    table = pq.read_table(index_path)
+    rows = {name: [getattr(r, name, None) for r in bad] for name in table.schema.names}
+    pq.write_table(pa.table(rows, schema=table.schema), index_path)
+    with pytest.raises(ValueError, match=message):
+        VideoIndex.load(index_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"there is no index .*none.parquet; make it with `i3d-gn index`"
+    ):
+        VideoIndex.load(tmp_path / "none.parquet")
+
+
+def test_not_an_index(tmp_path, index_path):
+    text = tmp_path / "list.txt"
+    text.write_text("a.mp4 0\n" * 100)
+    with pytest.raises(ValueError, match=r"list.txt is no video index \(.*\); make one") as error:
+        VideoIndex.load(text)
+    assert "\n" not in str(error.value)
+
+    other = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"path": ["a"]}), other)
+    with pytest.raises(ValueError, match=r"Parquet file but no video index"):
+        VideoIndex.load(other)
+
+    truncated = tmp_path / "truncated.parquet"
+    truncated.write_bytes(index_path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"truncated.parquet is no video index"):
+        VideoIndex.load(truncated)
+
+
+def test_another_format_version(index_path):
+    table = pq.read_table(index_path)
+    metadata = {**table.schema.metadata, b"i3d_gn.format_version": b"3"}
+    pq.write_table(table.replace_schema_metadata(metadata), index_path)
+    with pytest.raises(ValueError, match=r"format version 3, this program reads 1 and 2; make it"):
+        VideoIndex.load(index_path)

@@ -1,0 +1,95 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from i3d_gn.data.index import VideoIndex
+from i3d_gn.data.kinetics import RandomClips, Stream
+from i3d_gn.data.loader import (
+    EachVideoOnce,
+    ShuffledMicroBatches,
+    clip_loader,
+    micro_batches_per_process,
+)
+
+
+def batches(rank=0, world_size=1, first_step=0, last_step=6, seed=3, num_videos=10):
+    return list(
+        ShuffledMicroBatches(
+            num_videos,
+            seed=seed,
+            global_batch_size=8,
+            clips_per_gpu=2,
+            rank=rank,
+            world_size=world_size,
+            first_step=first_step,
+            last_step=last_step,
+        )
+    )
+
+
+def test_positions_run_on_and_every_epoch_is_a_permutation():
+    samples = list(itertools.chain(*batches(last_step=10)))
+    assert [sample.position for sample in samples] == list(range(80))
+    epochs = np.array([sample.video for sample in samples]).reshape(8, 10)
+    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_stopping_and_going_on_changes_nothing():
+    assert batches(last_step=4) + batches(first_step=4) == batches()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_take_turns_at_the_micro_batches_of_one(world_size):
+    per_rank = [batches(rank, world_size) for rank in range(world_size)]
+    interleaved = list(itertools.chain(*zip(*per_rank, strict=True)))
+    assert interleaved == batches()
+
+
+def test_seeds_give_different_orders():
+    assert batches(seed=1) != batches(seed=2)
+
+
+def test_a_batch_that_cannot_be_dealt_out_names_the_remedy():
+    with pytest.raises(ValueError, match="global batch of 8 .* 3 processes of 2 .* multiple of 6"):
+        micro_batches_per_process(global_batch_size=8, clips_per_gpu=2, world_size=3)
+
+
+@pytest.mark.parametrize(("num_videos", "world_size"), [(7, 1), (7, 2), (7, 3), (2, 3)])
+def test_validation_takes_each_video_once(num_videos, world_size):
+    seen = []
+    for rank in range(world_size):
+        order = EachVideoOnce(num_videos, clips_per_gpu=2, rank=rank, world_size=world_size)
+        of_rank = list(order)
+        assert len(of_rank) == len(order)
+        seen += [sample.video for samples in of_rank for sample in samples]
+    assert sorted(seen) == list(range(num_videos))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_bring_what_this_process_would(motion_set, start_method):
+    clips = RandomClips(
+        VideoIndex.load(motion_set.train_index),
+        num_frames=4,
+        stride=2,
+        short_side=(40, 48),
+        crop_size=32,
+        flip_probability=0.5,
+        backend="pyav",
+        seed=0,
+        stream=Stream.TRAIN_CLIP,
+    )
+    order = ShuffledMicroBatches(
+        len(clips), seed=0, global_batch_size=4, clips_per_gpu=2, rank=0, world_size=1,
+        first_step=0, last_step=3,
+    )  # fmt: skip
+    loader = clip_loader(clips, order, num_workers=2, pin_memory=False)
+    loader.multiprocessing_context = start_method
+    expected = [clips[samples] for samples in order]
+    for batch, reference in zip(loader, expected, strict=True):
+        assert torch.equal(batch.clips, reference.clips)
+        assert torch.equal(batch.labels, reference.labels)
+        assert batch.broken == reference.broken

@@ -1,0 +1,206 @@
+"""Small trees of real video files, an encoder for odd ones, a web server with moods."""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import av
+import numpy as np
+import pytest
+
+from data_tools.make_motion_clips import make_motion_clips
+
+
+@pytest.fixture(scope="session")
+def motion_clips(tmp_path_factory) -> Path:
+    """train/ and val/ with six class folders of one clip of 12 frames each."""
+    folder = tmp_path_factory.mktemp("motion_clips")
+    make_motion_clips(
+        folder, train_clips=1, val_clips=1, num_frames=12, seed=3, workers=2, timeout_seconds=60
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(motion_clips) -> Path:
+    """One good video: 12 frames of 128 x 96 at 25 a second."""
+    return motion_clips / "train" / "move_left" / "move_left_000.mp4"
+
+
+@pytest.fixture
+def place_clip(clip) -> Callable[[Path], Path]:
+    """Put a copy of the good video at a path."""
+
+    def place(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copyfile(clip, path))
+
+    return place
+
+
+@pytest.fixture
+def encode() -> Callable[..., Path]:
+    """Write RGB pictures (T, H, W, 3) as a video, by PyAV alone."""
+
+    def write(
+        path: Path,
+        pictures: np.ndarray,
+        *,
+        codec: str = "libx264",
+        pixel_format: str = "yuv420p",
+        full_range: bool = False,
+        rotation: int = 0,
+        pts: list[int] | None = None,
+        time_base: Fraction = Fraction(1, 25),
+        crf: int = 10,
+    ) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=25, options={"crf": str(crf)})
+            stream.height, stream.width = pictures.shape[1:3]
+            stream.pix_fmt = pixel_format
+            stream.codec_context.time_base = time_base
+            if full_range:
+                stream.codec_context.color_range = 2
+            if rotation:
+                stream.set_display_rotation(rotation)
+            for t, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                    format=pixel_format, dst_color_range=2 if full_range else 1
+                )
+                frame.pts, frame.time_base = (pts[t] if pts else t), time_base
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pictures() -> np.ndarray:
+    """16 smooth, moving pictures of 120 x 80, no two corners alike."""
+    rows, columns = np.mgrid[0:80, 0:120].astype(np.float64)
+    frames = np.empty((16, 80, 120, 3), np.uint8)
+    for t in range(16):
+        for channel in range(3):
+            wave = np.sin(columns / (8 + channel) + 0.4 * t) + np.cos(rows / 6 - 0.2 * t)
+            frames[t, ..., channel] = 110 + 0.3 * columns - 0.4 * rows + 35 * wave
+    return frames
+
+
+class HttpServer:
+    """Serves a folder as a bucket does (ranges, MD5 as ETag), and misbehaves when told to.
+
+    ``troubles[name]`` are used up one a request: ("drop", n) closes after n bytes of the answer,
+    ("stall", n) sends n and then nothing, ("length", n) claims n bytes too many, ("flip", n) alters
+    byte n, ("status", code), ("busy", seconds) is 503 with Retry-After, ("no_ranges", 0) ignores
+    Range, ("shifted_range", n) answers with another range, ("slow", 0) takes a while.
+    ``headers`` replace those of an answer ("-" leaves one out). ``requests`` are (name, first byte
+    asked for, last) as they came.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.troubles: dict[str, list[tuple[str, int]]] = {}
+        self.headers: dict[str, str] = {}
+        self.requests: list[tuple[str, int | None, int | None]] = []
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, owner: HttpServer, *arguments) -> None:
+        self.owner = owner
+        with contextlib.suppress(ConnectionError):
+            super().__init__(*arguments)
+
+    def log_message(self, format, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self._answer(with_body=False)
+
+    def do_GET(self):
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body):
+        name = unquote(self.path).lstrip("/")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(match[1]) if match else None
+        last = int(match[2]) if match and match[2] else None
+        if with_body:
+            self.owner.requests.append((name, first, last))
+        queue = self.owner.troubles.get(name)
+        trouble, value = queue.pop(0) if queue and with_body else ("", 0)
+        path = self.owner.folder / name
+        if trouble == "status" or not path.is_file():
+            return self._refuse(value if trouble == "status" else 404)
+        if trouble == "busy":
+            return self._refuse(503, {"Retry-After": str(value)})
+        content = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers |= self.owner.headers
+        total, status = len(content), 200
+        same_version = self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]
+        if first is not None and same_version and trouble != "no_ranges":
+            if trouble == "shifted_range":
+                first += value
+            if first >= total:
+                return self._refuse(416, {"Content-Range": f"bytes */{total}"})
+            last = min(total - 1 if last is None else last, total - 1)
+            content = content[first : last + 1]
+            headers["Content-Range"], status = f"bytes {first}-{last}/{total}", 206
+        if trouble == "flip":
+            content = content[:value] + bytes([content[value] ^ 1]) + content[value + 1 :]
+        headers["Content-Length"] = str(len(content) + (value if trouble == "length" else 0))
+        self.send_response(status)
+        for key, text in headers.items():
+            if text != "-":
+                self.send_header(key, text)
+        self.end_headers()
+        if not with_body:
+            return None
+        self.wfile.write(content[:value] if trouble in {"drop", "stall"} else content)
+        if trouble == "stall":
+            self.owner.closing.wait(10)
+        if trouble == "slow":
+            self.owner.closing.wait(0.5)
+        if trouble in {"drop", "stall", "length"}:
+            self.close_connection = True
+        return None
+
+    def _refuse(self, status, headers=None):
+        self.send_response(status)
+        for key, text in (headers or {}).items():
+            self.send_header(key, text)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def http_server(tmp_path) -> Iterator[HttpServer]:
+    """A server of the folder ``tmp_path / "served"`` on this machine."""
+    (tmp_path / "served").mkdir()
+    server = HttpServer(tmp_path / "served")
+    yield server
+    server.close()

@@ -1,0 +1,98 @@
+"""One class list, whatever the spelling, and a clear remedy where it does not fit."""
+
+import pytest
+
+from data_tools.class_names import label_ids, read_label_map
+from i3d_gn.data.index import VideoRecord, write_index
+
+
+def ids_of(labels, class_names=None, **options):
+    where = [f"list:{i + 1}" for i in range(len(labels))]
+    return label_ids(labels, where=where, class_names=class_names, source="SOURCE", **options)
+
+
+def test_names_are_sorted_as_python_sorts():
+    names, ids = ids_of(["yoga", "Zumba", "air drumming", "yoga"])
+    assert names == ["Zumba", "air drumming", "yoga"]
+    assert ids == [2, 0, 1, 2]
+
+
+def test_a_label_map_gives_the_order():
+    names, ids = ids_of(["yoga", None, "abseiling"], ["yoga", "air drumming", "abseiling"])
+    assert names == ["yoga", "air drumming", "abseiling"]
+    assert ids == [0, -1, 2]
+
+
+def test_spaces_and_underscores_are_equal():
+    official = ["massaging person's head", "passing American football (in game)"]
+    _, ids = ids_of(["passing_American_football_(in_game)", "massaging_person's_head"], official)
+    assert ids == [1, 0]
+    names, ids = ids_of(["air_drumming", "yoga", "air drumming"])
+    assert names == ["air drumming", "yoga"]
+    assert ids == [0, 1, 0]
+
+
+def test_further_names_hold_places():
+    assert ids_of(["yoga"], further_names=["abseiling", "yoga"]) == (["abseiling", "yoga"], [1])
+
+
+def test_numbers_are_ids():
+    assert ids_of([1, 0, None, -1]) == (["0", "1"], [1, 0, -1, -1])
+    assert ids_of([1, 0], ["climbing", "blowing", "more"])[1] == [1, 0]
+    assert ids_of([None, None]) == ([], [-1, -1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "message"),
+    [
+        (
+            ["yoga", "Yogaa"],
+            ["yoga", "abseiling"],
+            r"class 'Yogaa' \(list:2\) is not among the 2 of SOURCE, nearest is 'yoga'; "
+            r"train and val must share one class list: give the same complete --label-map",
+        ),
+        (["a", "b", "b", "c"], ["yoga"], r"class 'a' \(list:1\) .* and 2 more; train and val"),
+        ([0, 2], ["x", "y"], r"label 2 \(list:2\) is no id of the 2 classes of SOURCE"),
+        ([-2], ["x", "y"], r"label -2 \(list:1\) is no id"),
+        ([0, "yoga"], None, r"all names or all numbers, but list:1 has the number 0 and list:2"),
+        (["a"], ["a b", "a_b"], r"SOURCE names the class 'a_b' twice, with ids 0 and 1"),
+    ],
+)
+def test_what_does_not_fit(labels, class_names, message):
+    with pytest.raises(ValueError, match=message):
+        ids_of(labels, class_names)
+
+
+def test_label_map_file(tmp_path):
+    path = tmp_path / "map.txt"
+    path.write_bytes('\ufeffyoga\r\n\r\n "air drumming"\r\n'.encode())
+    assert read_label_map(path) == ["yoga", "air drumming"]
+    path.write_text("yoga\nyoga\n")
+    with pytest.raises(ValueError, match=r"map.txt names the class 'yoga' twice"):
+        read_label_map(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="names no class"):
+        read_label_map(path)
+    with pytest.raises(ValueError, match="there is no label map"):
+        read_label_map(tmp_path / "none.txt")
+
+
+def test_an_index_is_a_label_map(tmp_path):
+    record = VideoRecord(
+        path="a.mp4", label=1, num_frames=1, fps=25, duration_seconds=1, width=2, height=2
+    )
+    write_index(tmp_path / "i.parquet", [record], class_names=["b", "a"], root=tmp_path)
+    assert read_label_map(tmp_path / "i.parquet") == ["b", "a"]
+
+
+@pytest.mark.real_data
+def test_kinetics_400_must_be_in_official_order(shared_data, tmp_path):
+    names = read_label_map(shared_data / "kinetics400" / "label_map.txt")
+    assert len(names) == 400
+    names[3], names[4] = names[4], names[3]
+    swapped = tmp_path / "names.txt"
+    swapped.write_text("\n".join(name.replace(" ", "_") for name in names))
+    with pytest.raises(ValueError, match="id 3 is 'applying_cream', should be 'applauding'"):
+        read_label_map(swapped)
+    swapped.write_text("\n".join(names[:399]))  # another data set: any order is its own
+    assert len(read_label_map(swapped)) == 399

@@ -1,0 +1,199 @@
+"""Every video of the archives, replaced where need be, and nothing anywhere else."""
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools import extract_archives
+
+
+def run(*arguments):
+    return extract_archives.main([*map(str, arguments), "--workers", "1"])
+
+
+def report_of(output):
+    return json.loads((output / "extract.report.json").read_text())
+
+
+def content_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*.mp4"))
+        if path.is_file()
+    }
+
+
+def video(name, size):
+    return name, (name.encode() * size)[:size]
+
+
+def pack(path, members):
+    """``members`` are (name, content) or ready TarInfos."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = "w" if path.suffix == ".tar" else "w:gz"
+    with tarfile.open(path, mode) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size, info.mtime = len(member[1]), 1_500_000_000
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+A, B = video("-aaaaaaaaaa_000010_000020.mp4", 5000), video("_bbbbbbbbbb_000001_000011.mp4", 1024)
+C, D = video("ccccccccccc_000010_000020.mp4", 7777), video("ddddddddddd_000010_000020.mp4", 1)
+
+
+def test_the_release_as_it_is_laid_out(tmp_path, capsys):
+    archives = tmp_path / "archives"
+    pack(archives / "train" / "part_0.tar.gz", [A, B, ("notes.txt", b"x"), ("._" + A[0], b"x")])
+    pack(archives / "train" / "part_1.tar.gz", [("./" + C[0], C[1])])
+    pack(archives / "val" / "part_0.tar", [D])
+    replacement = ("replacement_for_corrupted_k400/_bbbbbbbbbb_000002_000012.mp4", b"better")
+    unused = ("replacement_for_corrupted_k400/zzzzzzzzzzz_000002_000012.mp4", b"nobody's")
+    pack(archives / "replacement" / "replacement_for_corrupted_k400.tgz", [replacement, unused])
+    output = tmp_path / "videos"
+    assert run(archives, output) == 0
+    assert content_of(output / "train") == {A[0]: A[1], B[0]: b"better", C[0]: C[1]}
+    assert content_of(output / "val") == {D[0]: D[1]}
+    report = report_of(output)
+    assert (report["num_videos"], report["num_failed"], report["refused"]) == (4, 0, [])
+    assert report["replaced"] == [f"train/{B[0]}"]
+    assert report["unused_replacements"] == [f"replacement/{unused[0]}"]
+    assert "4 videos" in capsys.readouterr().out
+
+    before = {path: path.stat().st_ino for path in output.rglob("*.mp4")}
+    assert run(archives, output) == 0
+    assert "(3 done before)" in capsys.readouterr().out
+    # A replacement archive that comes later is applied all the same.
+    pack(archives / "replacement2" / "replacement_2.tar", [(C[0], b"best")])
+    assert run(archives, output) == 0
+    assert content_of(output / "train") == {A[0]: A[1], B[0]: b"better", C[0]: b"best"}
+    after = {path: path.stat().st_ino for path in output.rglob("*.mp4")}
+    assert [path.name for path in before if after[path] != before[path]] == [C[0]]
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_nothing_leads_out(tmp_path):
+    secret = tmp_path / "secret.mp4"
+    secret.write_text("secret")
+    device = tarfile.TarInfo("device.mp4")
+    device.type = tarfile.CHRTYPE
+    pack(
+        tmp_path / "archives" / "evil.tar.gz",
+        [
+            ("../outside.mp4", b"x"),
+            ("a/../../outside.mp4", b"x"),
+            (str(tmp_path / "absolute.mp4"), b"x"),
+            link("soft.mp4", "../secret.mp4", tarfile.SYMTYPE),
+            link("hard.mp4", str(secret), tarfile.LNKTYPE),
+            link("folder.mp4", "..", tarfile.SYMTYPE),
+            ("folder.mp4/through.mp4", b"x"),
+            device,
+            D,
+        ],
+    )
+    output = tmp_path / "videos"
+    assert run(tmp_path / "archives", output) == 0
+    assert content_of(output) == {D[0]: D[1], "folder.mp4/through.mp4": b"x"}
+    assert not (output / "folder.mp4").is_symlink()
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["secret.mp4"]
+    refused = [(entry["member"], entry["reason"]) for entry in report_of(output)["refused"]]
+    assert [reason for _, reason in refused] == [
+        *["its path leads out of the folder"] * 3,
+        *["a link"] * 3,
+        "no regular file",
+    ]
+
+
+def raw_tar(tmp_path, members):
+    return bytearray(pack(tmp_path / "raw" / "x.tar", members).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut stream", "cut at a member", "flipped bit", "bad header", "no archive"]
+)
+def test_damage_is_found_and_what_came_before_is_kept(tmp_path, damage):
+    """All of these but the first and last are silently accepted by ``tarfile`` alone."""
+    archive = tmp_path / "archives" / "part_0.tar.gz"
+    archive.parent.mkdir()
+    raw = raw_tar(tmp_path, [A, C, D])
+    second_header = 512 + -(-len(A[1]) // 512) * 512
+    if damage == "cut at a member":
+        raw = raw[:second_header]
+    if damage == "bad header":
+        raw[second_header + 10] ^= 0xFF
+    packed = bytearray(gzip.compress(bytes(raw)))
+    if damage == "cut stream":
+        packed = packed[: len(packed) // 2]
+    if damage == "flipped bit":
+        packed[-6] ^= 1  # of the checksum
+    if damage == "no archive":
+        packed = bytearray(b"<html>404</html>" * 100)
+    archive.write_bytes(packed)
+    output = tmp_path / "videos"
+    assert run(archive.parent, output) == 1
+    (failed,) = report_of(output)["failed"]
+    assert failed["archive"] == "part_0.tar.gz"
+    assert "damaged after" in failed["reason"]
+    assert "download it again" in failed["reason"]
+    whole = {A[0]: A[1], C[0]: C[1], D[0]: D[1]}
+    got = content_of(output)
+    assert got.items() <= whole.items()
+    if damage in {"cut at a member", "bad header"}:
+        assert got == {A[0]: A[1]}
+    archive.write_bytes(gzip.compress(bytes(raw_tar(tmp_path, [A, C, D]))))
+    assert run(archive.parent, output) == 0
+    assert content_of(output) == whole
+
+
+def test_a_damaged_replacement_archive_stops_it(tmp_path, capsys):
+    pack(tmp_path / "archives" / "part_0.tar", [A])
+    (tmp_path / "archives" / "replacement.tgz").write_bytes(b"no archive")
+    assert run(tmp_path / "archives", tmp_path / "videos") == 2
+    assert "replacements must be complete" in capsys.readouterr().err
+    assert content_of(tmp_path / "videos") == {}
+
+
+def test_killed_and_run_again(tmp_path):
+    """Videos that were there are not written again, the end is that of one run."""
+    members = [video(f"{i:011d}_000000_000010.mp4", 40_000) for i in range(300)]
+    for part in range(2):
+        pack(tmp_path / "archives" / f"part_{part}.tar.gz", members[part::2])
+    output = tmp_path / "videos"
+    command = [sys.executable, extract_archives.__file__, tmp_path / "archives", output]
+    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
+    while len(list(output.glob("0*.mp4"))) < 20:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    inodes = {path: path.stat().st_ino for path in output.glob("0*.mp4")}
+    assert len(inodes) < 300
+    for path in inodes:
+        assert path.stat().st_size == 40_000
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert content_of(output) == dict(members)
+    assert all(os.stat(path).st_ino == inode for path, inode in inodes.items())
+
+
+def test_no_archives(tmp_path, capsys):
+    Path(tmp_path / "x.zip").touch()
+    assert run(tmp_path, tmp_path / "videos") == 2
+    assert "holds no archive" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""From a list and a folder to the index and its report."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import index_videos
+from i3d_gn.data.index import VideoIndex
+
+
+def run(*arguments, workers=1):
+    return index_videos.main([*map(str, arguments), "--workers", str(workers)])
+
+
+def report_of(output):
+    return json.loads(Path(f"{output}.report.json").read_text())
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out" / "val.parquet"
+
+
+def test_class_folders(motion_clips, output, capsys):
+    assert run(motion_clips / "train", output, workers=2) == 0
+    index = VideoIndex.load(output)
+    motions = ["down", "left", "right", "up"]
+    names = [f"move_{m}" for m in motions] + ["roll_clockwise", "roll_counterclockwise"]
+    assert list(index.class_names) == names
+    assert index.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert index.num_frames.tolist() == [12] * 6
+    assert (set(index.widths), set(index.heights)) == ({128}, {96})
+    rows = pq.read_table(output).to_pylist()
+    assert {(row["fps"], round(row["duration_seconds"], 6)) for row in rows} == {(25.0, 0.48)}
+    assert all(index.path_of(i).is_file() for i in range(6))
+    text = capsys.readouterr().out
+    assert "6 of 6 videos usable" in text
+    assert f"--label-map {output}" in text
+
+
+def test_official_csv_with_everything_wrong(tmp_path, place_clip, output, capsys):
+    """Missing, twice, twice with two labels, two files, no bytes, no video: each is reported."""
+    videos = tmp_path / "videos"
+    for name in [
+        "air_drumming/-aaaaaaaaaa_000010_000020.mp4",
+        "air_drumming/_bbbbbbbbbb.mp4",
+        "yoga/ccccccccccc_000010_000020.mp4",
+        "yoga/ccccccccccc_000010_000020.mkv",
+        "yoga/ddddddddddd.mp4",
+        "yoga/eeeeeeeeeee.mp4",
+    ]:
+        place_clip(videos / name)
+    (videos / "yoga" / "fffffffffff.mp4").touch()
+    (videos / "yoga" / "ggggggggggg.mp4").write_text("no video " * 100)
+    source = tmp_path / "val.csv"
+    source.write_text(
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        "air drumming,-aaaaaaaaaa,10,20,val,0\n"
+        '"air drumming",_bbbbbbbbbb,10,20,val,0\n'
+        "yoga,ccccccccccc,10,20,val,0\n"
+        "yoga,ddddddddddd,10,20,val,0\n"
+        "yoga,ddddddddddd,10,20,val,0\n"
+        "yoga,eeeeeeeeeee,10,20,val,0\n"
+        "air drumming,eeeeeeeeeee,10,20,val,0\n"
+        "yoga,fffffffffff,10,20,val,0\n"
+        "yoga,ggggggggggg,10,20,val,0\n"
+        "zumba,hhhhhhhhhhh,10,20,val,0\n"
+    )
+    assert run(source, output, "--videos", videos) == 0
+    index = VideoIndex.load(output)
+    assert [Path(path).stem for path in index.paths] == [
+        "-aaaaaaaaaa_000010_000020",
+        "_bbbbbbbbbb",
+        "ccccccccccc_000010_000020",
+        "ddddddddddd",
+    ]
+    assert index.labels.tolist() == [0, 0, 1, 1]
+    assert index.class_names == ("air drumming", "yoga", "zumba")
+
+    report = report_of(output)
+    assert (report["num_listed"], report["num_indexed"]) == (10, 4)
+    assert [(e["where"], e["path"]) for e in report["missing"]] == [
+        ("val.csv:11", "hhhhhhhhhhh_000010_000020")
+    ]
+    assert [(e["where"], e["path"], e["reason"]) for e in report["duplicated"]] == [
+        (
+            "val.csv:4",
+            "yoga/ccccccccccc_000010_000020.mkv",
+            "another file of the same video, yoga/ccccccccccc_000010_000020.mp4, is used",
+        ),
+        ("val.csv:6", "yoga/ddddddddddd.mp4", "listed before at val.csv:5"),
+        (
+            "val.csv:8",
+            "yoga/eeeeeeeeeee.mp4",
+            "listed before at val.csv:7 with another label, so neither is used",
+        ),
+        (
+            "val.csv:7",
+            "yoga/eeeeeeeeeee.mp4",
+            "listed again with another label, so neither is used",
+        ),
+    ]
+    assert [(e["path"], e["reason"]) for e in report["empty"]] == [
+        ("yoga/fffffffffff.mp4", "the file has no bytes")
+    ]
+    (undecodable,) = report["undecodable"]
+    assert undecodable["path"] == "yoga/ggggggggggg.mp4"
+    assert "Invalid data" in undecodable["reason"]
+    assert report["thinned_classes"] == [
+        {"class_name": "zumba", "num_listed": 1, "num_indexed": 0},
+        {"class_name": "yoga", "num_listed": 6, "num_indexed": 2},
+        {"class_name": "air drumming", "num_listed": 3, "num_indexed": 2},
+    ]
+    text = capsys.readouterr().out
+    assert "4 of 10 videos usable" in text
+    assert "yoga: 2 of 6" in text
+
+
+def test_train_and_val_share_one_class_list(tmp_path, place_clip, output, capsys):
+    for name in ["a.mp4", "b.mp4", "c.mp4"]:
+        place_clip(tmp_path / name)
+    (tmp_path / "train.csv").write_text("path,label\na.mp4,air_drumming\nb.mp4,yoga\n")
+    (tmp_path / "val.csv").write_text("path,label\nc.mp4,yoga\n")
+    (tmp_path / "other.csv").write_text("path,label\nc.mp4,yogaa\n")
+    train = tmp_path / "train.parquet"
+    assert run(tmp_path / "train.csv", train) == 0
+    assert run(tmp_path / "val.csv", output, "--label-map", train) == 0
+    assert VideoIndex.load(output).class_names == VideoIndex.load(train).class_names
+    assert VideoIndex.load(output).labels.tolist() == [1]
+
+    capsys.readouterr()
+    assert run(tmp_path / "other.csv", output, "--label-map", train) == 2
+    message = capsys.readouterr().err
+    assert "class 'yogaa' (other.csv:2) is not among the 2" in message
+    assert "give the same complete --label-map to both" in message
+    assert message.count("\n") == 1
+
+
+def test_decode_finds_what_opening_does_not(place_clip, tmp_path, output):
+    whole = place_clip(tmp_path / "videos" / "a" / "whole.mp4")
+    content = whole.read_bytes()
+    whole.with_name("cut.mp4").write_bytes(content[: len(content) * 9 // 10])
+    assert run(tmp_path / "videos", output) == 0
+    assert VideoIndex.load(output).paths == ["a/cut.mp4", "a/whole.mp4"]
+    assert run(tmp_path / "videos", output, "--decode") == 0
+    assert VideoIndex.load(output).paths == ["a/whole.mp4"]
+    (undecodable,) = report_of(output)["undecodable"]
+    assert "frames can be decoded" in undecodable["reason"]
+
+
+def test_nothing_usable(tmp_path, output, capsys):
+    (tmp_path / "list.txt").write_text("none.mp4 0\n")
+    assert run(tmp_path / "list.txt", output) == 1
+    assert not output.exists()
+    assert report_of(output)["num_missing"] == 1
+    assert "no index was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["LIST", "out.csv"], "call it NAME.parquet"),
+        (["CSV", "o.parquet"], "names videos by id; say where they are by --videos"),
+        (["LIST", "o.parquet", "--videos", "none"], "--videos none is no folder"),
+        (["FOLDER", "o.parquet", "--videos", "x"], "holds the videos itself; leave out --videos"),
+        (["none.txt", "o.parquet"], "there is no list or folder none.txt"),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path, place_clip, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("LIST").write_text("a.mp4 0\n")
+    Path("CSV").write_text("label,youtube_id,time_start,time_end,split\na,b,1,2,val\n")
+    place_clip(Path("FOLDER/class/a.mp4"))
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("index_videos: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, pictures, output):
+    first, second = (place_clip(tmp_path / "videos" / "a" / f"{n}.mp4") for n in "12")
+    assert run(tmp_path / "videos", output) == 0
+    ledger = Path(f"{output}.ledger.jsonl")
+    assert len(ledger.read_text().splitlines()) == 2
+    assert run(tmp_path / "videos", output) == 0
+    assert len(ledger.read_text().splitlines()) == 2
+
+    encode(second, pictures)
+    place_clip(first.with_name("3.mp4"))
+    assert run(tmp_path / "videos", output) == 0
+    assert len(ledger.read_text().splitlines()) == 4
+    assert VideoIndex.load(output).num_frames.tolist() == [12, 16, 12]
+
+
+def test_killed_and_run_again(tmp_path, clip, output):
+    """The result is that of a run left alone, and what was done is not done again."""
+    videos = tmp_path / "videos" / "yoga"
+    videos.mkdir(parents=True)
+    shutil.copyfile(clip, videos / "0000.mp4")
+    for i in range(1, 200):
+        os.link(videos / "0000.mp4", videos / f"{i:04d}.mp4")
+    command = [sys.executable, index_videos.__file__, videos.parent, output, "--workers", "2"]
+    ledger = Path(f"{output}.ledger.jsonl")
+
+    def num_lines():
+        return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while num_lines() < 10:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    num_done = num_lines()
+    assert num_done < 200, "the run ended before it was killed"
+    assert not output.exists()
+
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert finished.stderr == ""  # no progress bar where there is no terminal
+    assert num_lines() == 200
+    alone = tmp_path / "alone" / "val.parquet"
+    assert run(videos.parent, alone, workers=2) == 0
+    assert output.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.real_data
+def test_grid_digits(shared_data, output):
+    folder = shared_data / "grid_digits"
+    assert run(folder / "val.csv", output, workers=2) == 0
+    index = VideoIndex.load(output)
+    assert len(index) == 200
+    assert len(index.class_names) == 10
+    assert set(index.num_frames) <= {74, 75}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("split", "count"), [("train", 30), ("val", 10)])
+def test_kinetics_tiny(shared_data, output, tmp_path, split, count):
+    folder = shared_data / "kinetics_tiny"
+    label_map = tmp_path / "names.txt"
+    label_map.write_text("climbing a rope\nblowing glass\n")
+    source = folder / f"kinetics_tiny_{split}_video.txt"
+    options = ["--label-map", label_map, *(["--decode"] if split == "val" else [])]
+    assert run(source, output, "--videos", folder / split, *options) == 0
+    index = VideoIndex.load(output)
+    assert len(index) == count
+    assert index.class_names == ("climbing a rope", "blowing glass")
+    assert min(index.heights.min(), index.widths.min()) == 256
+    report = report_of(output)
+    assert [report[f"num_{v}"] for v in ("missing", "duplicated", "undecodable", "empty")] == [
+        0
+    ] * 4
+
+
+UNREADABLE = {
+    "audio_only.mp4",
+    "chunk_out_of_range.mp4",
+    "cut_30k_av1.mp4",
+    "invalid_vp9.webm",
+    "malformed_box.mp4",
+    "zero_stsc.mp4",
+}
+EMPTY = {
+    "header_only_no_frames.mp4",
+    "moov_only_5544_claimed.mp4",
+    "tiny_zero_frames.avi",
+    "zero_bytes.mp4",
+}
+# Frames that a full decode yields, of those promised.
+BROKEN_OFF = {"invalid_nalu.mp4": 26, "no_timescale.mp4": 8, "truncated_mid_stream.mp4": 28}
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("decode", [False, True])
+def test_odd_videos_get_the_right_verdict(shared_data, tmp_path, output, decode):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "odd").symlink_to(shared_data / "odd")
+    arguments = ["--decode"] if decode else []
+    assert run(tmp_path / "videos", output, *arguments, workers=2) == 0
+    report = report_of(output)
+    reasons = {Path(e["path"]).name: e["reason"] for e in report["undecodable"]}
+    assert {Path(e["path"]).name for e in report["empty"]} == EMPTY
+    assert set(reasons) == UNREADABLE | (set(BROKEN_OFF) if decode else set())
+    for name, num_frames in BROKEN_OFF.items() if decode else ():
+        assert reasons[name].startswith(f"{num_frames} of ")
+    assert report["num_indexed"] == 30 - len(EMPTY) - len(reasons)
+
+
+def test_shards_fill_ledgers_and_the_last_run_makes_the_index(motion_clips, output, capsys):
+    for i in range(2):
+        assert run(motion_clips / "train", output, "--shard", f"{i}/3") == 0
+        assert "run the step once more without --shard" in capsys.readouterr().out
+    assert not output.exists()
+    assert run(motion_clips / "train", output, "--shard", "2/3") == 0
+    assert run(motion_clips / "train", output, "--dry-run") == 0
+    assert "dry run: 0 to do, 6 done already" in capsys.readouterr().out
+    assert run(motion_clips / "train", output) == 0
+    assert len(VideoIndex.load(output)) == 6
+    assert not Path(f"{output}.ledger.jsonl").exists()  # the shards' ledgers sufficed

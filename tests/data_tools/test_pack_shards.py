@@ -1,0 +1,255 @@
+"""From shards, on a disk or a web server, come the very clips that loose files give."""
+
+import gc
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data_tools import pack_shards
+from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.data.index import VideoIndex
+from i3d_gn.data.kinetics import RandomClips, Sample, Stream, TestVideos
+from i3d_gn.data.loader import clip_loader
+from i3d_gn.distributed import World
+from i3d_gn.evaluate import evaluate
+from i3d_gn.train import train
+
+ONE_PROCESS = World(0, 1, torch.device("cpu"))
+
+pytest.importorskip("webdataset", reason="packing needs webdataset (pip install 'i3d_gn[shards]')")
+
+
+def run(*arguments):
+    return pack_shards.main([*map(str, arguments), "--workers", "1"])
+
+
+@pytest.fixture(scope="module")
+def packed(motion_set, tmp_path_factory):
+    """The 12 training videos of the motion set in shards of some five."""
+    folder = tmp_path_factory.mktemp("shards")
+    assert run(motion_set.train_index, folder, "--shard-mib", "0.1") == 0
+    return folder
+
+
+def random_clips(index):
+    return RandomClips(
+        index,
+        num_frames=4,
+        stride=2,
+        short_side=(40, 48),
+        crop_size=36,
+        flip_probability=0.5,
+        backend="pyav",
+        seed=1,
+        stream=Stream.TRAIN_CLIP,
+    )
+
+
+def test_videos(index):
+    return TestVideos(
+        index,
+        num_clips=3,
+        num_frames=4,
+        stride=2,
+        spacing="nonlocal",
+        align_starts=False,
+        short_side=40,
+        spatial="full",
+        crop_size=36,
+        backend="pyav",
+    )
+
+
+test_videos.__test__ = False
+
+
+def assert_same_clips(loose, other):
+    batches = [[Sample(i, i % 12) for i in range(k, k + 4)] for k in (0, 4, 8)]
+    for batch in batches:
+        a, b = random_clips(loose)[batch], random_clips(other)[batch]
+        assert torch.equal(a.clips, b.clips)
+        assert torch.equal(a.labels, b.labels)
+        assert a.broken == b.broken == ()
+    for a, b in zip(test_videos(loose), test_videos(other), strict=False):
+        assert torch.equal(a.frames, b.frames)
+        assert (a.video, a.label, a.crops) == (b.video, b.label, b.crops)
+        if a.video == 11:
+            break
+
+
+# The library leaves its files to be closed by the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_shards_follow_the_webdataset_convention(motion_set, packed):
+    """The library itself is the oracle."""
+    import webdataset
+
+    loose = VideoIndex.load(motion_set.train_index)
+    shards = sorted(packed.glob("shard-*.tar"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 0.15 * 2**20 for shard in shards)
+    samples = list(webdataset.WebDataset([str(s) for s in shards], shardshuffle=False))
+    gc.collect()
+    assert len(samples) == len(loose) == 12
+    numbers = [int(sample["__key__"]) for sample in samples]
+    assert sorted(numbers) == list(range(12))
+    assert numbers != sorted(numbers)  # shuffled once
+    for i, sample in zip(numbers, samples, strict=True):
+        facts = json.loads(sample["json"])
+        assert sample["mp4"] == loose.path_of(i).read_bytes()
+        assert (facts["path"], facts["label"]) == (loose.paths[i], loose.labels[i])
+        assert facts["num_frames"] == loose.num_frames[i]
+
+
+def test_the_same_clips(motion_set, packed):
+    loose, other = (
+        VideoIndex.load(motion_set.train_index),
+        VideoIndex.load(packed / "index.parquet"),
+    )
+    assert other.paths == loose.paths
+    assert other.class_names == loose.class_names
+    np.testing.assert_array_equal(other.labels, loose.labels)
+    assert_same_clips(loose, other)
+
+
+def test_the_folder_can_be_moved_and_the_index_pickled(motion_set, packed, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(packed, moved)
+    index = pickle.loads(pickle.dumps(VideoIndex.load(moved / "index.parquet")))
+    assert index.root == moved
+    assert_same_clips(VideoIndex.load(motion_set.train_index), index)
+    first = sorted(moved.glob("shard-*.tar"))[0]
+    first.write_bytes(first.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"shard-00000.tar has 5000 bytes, the index needs"):
+        VideoIndex.load(moved / "index.parquet")
+
+
+@pytest.fixture
+def served(motion_set, http_server, tmp_path):
+    """The index of shards that lie on a web server."""
+    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for HTTP")
+    output = http_server.folder / "k"
+    root = ["--root", f"{http_server.url}/k"]
+    assert run(motion_set.train_index, output, "--shard-mib", "0.1", *root) == 0
+    return Path(shutil.move(output / "index.parquet", tmp_path / "index.parquet"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_from_a_web_server(motion_set, served, http_server, num_workers):
+    loose, other = VideoIndex.load(motion_set.train_index), VideoIndex.load(served)
+    assert other.root == f"{http_server.url}/k"
+    batches = [[Sample(i, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
+    loaders = (
+        clip_loader(random_clips(index), batches, num_workers=num_workers, pin_memory=False)
+        for index in (loose, other)
+    )
+    for a, b in zip(*loaders, strict=True):
+        assert torch.equal(a.clips, b.clips)
+    # Only the videos themselves cross the network.
+    sizes = sorted(last - first + 1 for _, first, last in http_server.requests)
+    assert sizes == sorted(loose.path_of(i).stat().st_size for i in range(12))
+
+
+def test_trouble_with_the_network(served, http_server, monkeypatch):
+    monkeypatch.setattr("i3d_gn.data.packed.time.sleep", lambda seconds: None)
+    index = VideoIndex.load(served)
+    clips = random_clips(index)
+    expected = clips[[Sample(0, 0)]]
+    shard = next(name for name, *_ in http_server.requests)
+    http_server.troubles[shard] = [("status", 500), ("drop", 100), ("no_ranges", 0)]
+    assert torch.equal(clips[[Sample(0, 0)]].clips, expected.clips)
+    http_server.troubles[shard] = [("status", 500)] * 5
+    (line,) = clips[[Sample(0, 0)]].broken
+    assert line.startswith(f"{Path(shard).name}: {index.paths[0]}: http://")
+    assert "500" in line
+
+
+def test_a_broken_video_keeps_its_name(motion_set, tmp_path):
+    folder = tmp_path / "motion"
+    shutil.copytree(motion_set.folder, folder)
+    index = VideoIndex.load(folder / "train.parquet")
+    path = index.path_of(3)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert run(folder / "train.parquet", tmp_path / "shards") == 0
+    packed = VideoIndex.load(tmp_path / "shards" / "index.parquet")
+    assert f"shard-00000.tar: {index.paths[3]}" in test_videos(packed)[3].broken
+
+
+def test_only_what_changed_is_packed_again(motion_set, tmp_path, capsys):
+    output = tmp_path / "shards"
+    arguments = [motion_set.train_index, output, "--shard-mib", "0.1"]
+    assert run(*arguments, "--dry-run") == 0
+    assert not output.exists()
+    for i in range(2):
+        assert run(*arguments, "--shard", f"{i}/2") == 0
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    num_shards = len(list(output.glob("*.tar")))
+    assert f"{num_shards} shards ({num_shards} written before)" in capsys.readouterr().out
+    (output / "shard-00000.tar").unlink()
+    assert run(*arguments) == 0
+    assert f"({num_shards - 1} written before)" in capsys.readouterr().out
+    assert run(*arguments[:2], "--shard-mib", "100") == 0
+    assert [path.name for path in output.glob("*.tar")] == ["shard-00000.tar"]
+    assert len(VideoIndex.load(output / "index.parquet")) == 12
+
+
+def test_killed_and_run_again(motion_set, packed, tmp_path):
+    """The shards are, byte for byte, those of a run left alone."""
+    output = tmp_path / "shards"
+    command = [sys.executable, pack_shards.__file__, motion_set.train_index, output]
+    command += ["--shard-mib", "0.1", "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not list(output.glob("shard-*.tar")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "index.parquet").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    for shard in packed.glob("shard-*.tar"):
+        assert (output / shard.name).read_bytes() == shard.read_bytes()
+    with tarfile.open(output / "shard-00000.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_wrong_indexes(motion_set, packed, tmp_path, capsys):
+    assert run(packed / "index.parquet", tmp_path / "out") == 2
+    assert "is of packed videos already" in capsys.readouterr().err
+    folder = tmp_path / "motion"
+    shutil.copytree(motion_set.folder, folder)
+    VideoIndex.load(folder / "train.parquet").path_of(0).unlink()
+    assert run(folder / "train.parquet", tmp_path / "out") == 2
+    assert "is not there any more; index the videos again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_from_shards_is_that_from_loose_files(motion_set, packed, small_run, tmp_path):
+    """The same weights after training, and the same scores of each video."""
+    val = tmp_path / "val"
+    assert run(motion_set.val_index, val) == 0
+    indexes = [f"data.train_index={packed}/index.parquet", f"data.val_index={val}/index.parquet"]
+    states, scores = [], []
+    for name, options in (("loose", []), ("shards", [*indexes, "data.num_workers=1"])):
+        folder = tmp_path / name
+        train(small_run(*options, output_dir=folder), ONE_PROCESS)
+        evaluate(small_run(*options, output_dir=folder), None, ONE_PROCESS)
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+        assert checkpoint is not None
+        states.append(load_checkpoint(checkpoint)["model"])
+        (table,) = folder.glob("test_*/scores.parquet")
+        scores.append(pq.read_table(table))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert scores[0].equals(scores[1])
+    assert scores[0].num_rows == 6

@@ -1,0 +1,148 @@
+"""One broken item costs one item. The items are expressions, ``eval`` is the function."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from data_tools.processes import ChildProcess, map_in_processes
+
+CRASH = "__import__('signal').raise_signal(11)"
+EXIT = "__import__('os')._exit(3)"
+HANG = "__import__('time').sleep(600)"
+
+
+def run(items, *, num_workers=2, timeout_seconds=60.0, function=eval):
+    outcomes = dict(
+        map_in_processes(function, items, num_workers=num_workers, timeout_seconds=timeout_seconds)
+    )
+    assert sorted(outcomes) == list(range(len(items)))
+    return [outcomes[i] for i in range(len(items))]
+
+
+def test_values_come_back_under_their_item():
+    assert [outcome.value for outcome in run([f"{i} ** 2" for i in range(20)])] == [
+        i**2 for i in range(20)
+    ]
+
+
+def test_nothing_to_do():
+    assert run([]) == []
+
+
+def test_failures_cost_only_their_item():
+    outcomes = run(["1 + 1", CRASH, "2 + 2", "1 / 0", EXIT, "3 + 3", CRASH])
+    assert [outcome.value for outcome in outcomes] == [2, None, 4, None, None, 6, None]
+    assert [outcome.failure for outcome in outcomes] == [
+        None,
+        "the process that worked on it was killed by SIGSEGV",
+        None,
+        "ZeroDivisionError: division by zero",
+        "the process that worked on it ended with status 3",
+        None,
+        "the process that worked on it was killed by SIGSEGV",
+    ]
+
+
+def test_a_hanging_item_is_given_up():
+    start = time.monotonic()
+    outcomes = run([HANG, "1", "2"], timeout_seconds=1.0)
+    assert outcomes[0].failure == "given up after 1 seconds"
+    assert [outcome.value for outcome in outcomes[1:]] == [1, 2]
+    assert time.monotonic() - start < 30
+
+
+def test_kinds_of_failure():
+    outcomes = run([CRASH, "1 / 0", f"({HANG}, 1)", "2"], timeout_seconds=2.0)
+    assert [outcome.kind for outcome in outcomes] == ["crash", "error", "timeout", None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
+def test_memory_is_limited():
+    items = ["len(bytearray(2**26))", "len(bytearray(2**31))", "len(bytearray(2**26))"]
+    outcomes = dict(
+        map_in_processes(eval, items, num_workers=1, timeout_seconds=60.0, memory_bytes=2**30)
+    )
+    assert outcomes[0].value == outcomes[2].value == 2**26
+    assert (outcomes[1].kind, outcomes[1].failure) == ("memory", "needs more memory than 1 GiB")
+
+
+def test_one_child_for_many_items():
+    child = ChildProcess(eval)
+    pid = "__import__('os').getpid()"
+    first, second = (child.call(pid, timeout_seconds=60.0).value for _ in range(2))
+    assert first == second
+    assert child.call(CRASH, timeout_seconds=60.0).kind == "crash"
+    assert child.call(HANG, timeout_seconds=1.0).kind == "timeout"
+    third = child.call(pid, timeout_seconds=60.0).value
+    assert third not in {None, first}
+
+
+def test_several_processes_work_at_once(tmp_path):
+    """Two items, each of which waits for the other's sign of life."""
+    signs = [str(tmp_path / "first"), str(tmp_path / "second")]
+    wait_for = "next(True for _ in iter(int, 1) if __import__('os').path.exists({!r}))"
+    items = [
+        f"open({mine!r}, 'w').close() or {wait_for.format(other)}"
+        for mine, other in (signs, signs[::-1])
+    ]
+    assert [outcome.value for outcome in run(items)] == [True, True]
+
+
+def test_a_child_that_cannot_start_is_an_error():
+    """Not a failure of each item in turn: here the child cannot import the function."""
+    module = types.ModuleType("only_in_the_parent")
+    exec("def function(item): return item", module.__dict__)
+    sys.modules["only_in_the_parent"] = module
+    try:
+        with pytest.raises(RuntimeError, match="a worker process could not start"):
+            run(["1"], function=module.function)
+    finally:
+        del sys.modules["only_in_the_parent"]
+
+
+SCRIPT = f"""
+from data_tools.processes import ChildProcess, map_in_processes
+if __name__ == "__main__":
+    print("started", flush=True)
+    for i, outcome in map_in_processes(eval, ["1", {HANG!r}, {HANG!r}], num_workers=2,
+                                       timeout_seconds=600):
+        print("item", i, flush=True)
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_no_orphans(sign, tmp_path):
+    """Children end with their parent: at Ctrl-C at once, at a kill when they next look up."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("sleep(600)", "sleep(2)"))
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "started\n"
+        assert process.stdout.readline() == "item 0\n"
+        # Ctrl-C goes to the whole group, a kill to the parent alone.
+        (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)
+        assert process.wait(timeout=30) != 0
+    deadline = time.monotonic() + 30
+    while _group_exists(process.pid):
+        assert time.monotonic() < deadline, "children have outlived their parent"
+        time.sleep(0.1)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,400 @@
+"""Copies have the frames of their source, smaller, upright and in time; failures are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
+
+from data_tools import resize_videos
+from data_tools.transcode import output_size
+from i3d_gn.data.decode import count_decodable_frames, probe_video
+
+
+def run(*arguments, workers=1):
+    return resize_videos.main([*map(str, arguments), "--workers", str(workers)])
+
+
+def report_of(output):
+    return json.loads((output / "resize.report.json").read_text())
+
+
+def stored_frames(path):
+    """RGB as stored, and timestamps in seconds, by a plain sequential decode."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), times_of(frames)
+
+
+def times_of(frames):
+    return np.array([float(frame.pts * frame.time_base) for frame in frames])
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
+
+
+def resized(pictures, height, width):
+    """The pictures in another size as torchvision makes them."""
+    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    mode = transforms.InterpolationMode.BICUBIC
+    batch = transforms.resize(batch, [height, width], interpolation=mode, antialias=True)
+    return batch.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [
+        ((1280, 720), 256, (456, 256)),
+        ((720, 1280), 256, (256, 456)),
+        ((454, 256), 256, (454, 256)),
+        ((340, 256), 320, (340, 256)),  # never enlarged
+        ((161, 121), 256, (160, 120)),  # even
+        ((1, 1), 256, (2, 2)),
+        ((1000, 2), 256, (1000, 2)),
+    ],
+)
+def test_output_size(size, short_side, expected):
+    assert output_size(*size, short_side=short_side) == expected
+
+
+def test_pictures_and_times_are_kept(tmp_path, encode, pictures):
+    encode(tmp_path / "in" / "b c" / "-x.mkv", pictures)
+    assert run(tmp_path / "in", tmp_path / "out", "--short-side", 40, "--crf", 5) == 0
+    copy = tmp_path / "out" / "b c" / "-x.mp4"
+    got, times = stored_frames(copy)
+    assert got.shape == (16, 40, 60, 3)
+    np.testing.assert_allclose(times, np.arange(16) / 25, atol=1e-9)
+    expected = resized(pictures, 40, 60)
+    pillow = np.stack(
+        [
+            np.asarray(Image.fromarray(p).resize((60, 40), Image.Resampling.BICUBIC))
+            for p in pictures
+        ]
+    )
+    for t in range(16):
+        assert psnr(got[t], expected[t]) > 36
+        assert psnr(got[t], pillow[t]) > 36
+        # So alike only to its own frame: order and number are right.
+        assert psnr(got[t], expected[(t + 1) % 16]) < 30
+    assert probe_video(copy).codec == "h264"
+
+
+def test_the_form_is_what_was_asked_for(tmp_path, encode, pictures):
+    source = encode(tmp_path / "in" / "x.mp4", np.concatenate([pictures] * 5))
+    with av.open(str(source)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) < 5
+    assert run(tmp_path / "in", tmp_path / "out", "--gop", 16) == 0
+    with av.open(str(tmp_path / "out" / "x.mp4")) as container:
+        assert not container.streams.audio
+        keyframes = [p.is_keyframe for p in container.demux(video=0) if p.size]
+    gaps = np.diff(np.flatnonzero([*keyframes, True]))
+    assert gaps.max() <= 16
+    content = (tmp_path / "out" / "x.mp4").read_bytes()
+    # x264 writes its settings into the stream: fastdecode is no deblocking, no CABAC.
+    assert b"cabac=0" in content
+    assert b"deblock=0" in content
+    assert b"keyint=16" in content
+    assert run(tmp_path / "in", tmp_path / "plain", "--tune", "none") == 0
+    assert b"cabac=1" in (tmp_path / "plain" / "x.mp4").read_bytes()
+
+
+def test_the_same_video_gives_the_same_bytes(tmp_path, encode, pictures):
+    """Not so with x264's defaults on some processors, where the width is no multiple of 128."""
+    for i in range(12):
+        encode(tmp_path / "in" / f"{i}.mp4", pictures)
+    assert run(tmp_path / "in", tmp_path / "out", "--short-side", 64, workers=2) == 0
+    copies = list(tmp_path.glob("out/*.mp4"))
+    assert len(copies) == 12
+    assert len({copy.read_bytes() for copy in copies}) == 1
+
+
+def test_a_variable_frame_rate_is_kept(tmp_path, encode, pictures):
+    pts = [100, 133, 140, 200, 203, 290, 291, 350, 400, 401, 402, 500, 533, 566, 600, 1000]
+    source = tmp_path / "in" / "x.mp4"
+    encode(source, pictures, pts=pts, time_base=Fraction(1, 1000))
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    _, times = stored_frames(tmp_path / "out" / "x.mp4")
+    np.testing.assert_allclose(times, (np.array(pts) - 100) / 1000, atol=1e-9)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_applied(tmp_path, encode, pictures, rotation):
+    source = encode(tmp_path / "in" / "x.mp4", pictures, rotation=rotation)
+    with av.open(str(source)) as container:
+        turn = next(container.decode(video=0)).rotation  # counter-clockwise, in degrees
+    assert turn % 180 == rotation % 180
+    assert run(tmp_path / "in", tmp_path / "out", "--crf", 5) == 0
+    copy = tmp_path / "out" / "x.mp4"
+    with av.open(str(copy)) as container:
+        assert next(container.decode(video=0)).rotation == 0
+    got, _ = stored_frames(copy)
+    upright = np.rot90(pictures, k=turn // 90, axes=(1, 2))
+    assert psnr(got, upright) > 36
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"full_range": True},
+        {"pixel_format": "yuv444p"},
+        {"codec": "libx265", "pixel_format": "yuv420p10le"},
+        {"codec": "mpeg4"},
+    ],
+)
+def test_colours_are_kept(tmp_path, encode, pictures, options):
+    encode(tmp_path / "in" / "x.mkv", pictures, **options)
+    assert run(tmp_path / "in", tmp_path / "out", "--crf", 5) == 0
+    source, _ = stored_frames(tmp_path / "in" / "x.mkv")
+    got, _ = stored_frames(tmp_path / "out" / "x.mp4")
+    assert psnr(source, pictures) > 30  # the source itself is sound
+    assert psnr(got, source) > 34
+    assert np.abs(got.mean((0, 1, 2)) - source.mean((0, 1, 2))).max() < 2
+
+
+def test_odd_sizes_become_even(tmp_path, encode, pictures):
+    encode(tmp_path / "in" / "x.mkv", pictures[:, :79, :119], pixel_format="yuv444p")
+    assert run(tmp_path / "in", tmp_path / "out", "--crf", 5) == 0
+    got, _ = stored_frames(tmp_path / "out" / "x.mp4")
+    assert got.shape == (16, 78, 118, 3)
+    assert psnr(got, resized(pictures[:, :79, :119], 78, 118)) > 33
+
+
+def test_failures_do_not_stop_the_others(tmp_path, place_clip, capsys):
+    place_clip(tmp_path / "in" / "a" / "good.mp4")
+    place_clip(tmp_path / "in" / "a" / "same.mkv")
+    place_clip(tmp_path / "in" / "a" / "same.mp4")
+    (tmp_path / "in" / "b").mkdir()
+    (tmp_path / "in" / "b" / "text.mp4").write_text("no video " * 100)
+    (tmp_path / "in" / "b" / "zero.mp4").touch()
+    (tmp_path / "in" / "b" / "link.mp4").symlink_to("nowhere")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    assert (report["num_written"], report["num_kept"], report["num_failed"]) == (2, 0, 4)
+    assert [entry["path"] for entry in report["failed"]] == [
+        "a/same.mp4",
+        "b/link.mp4",
+        "b/text.mp4",
+        "b/zero.mp4",
+    ]
+    assert "is that of a/same.mkv" in report["failed"][0]["reason"]
+    assert report["failed"][1]["reason"] == "a link that leads nowhere"
+    assert "Invalid data" in report["failed"][2]["reason"]
+    files = {p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/*/*")}
+    assert files == {"a/good.mp4", "a/same.mp4"}
+    assert "2 videos written, 0 there already, 4 failed" in capsys.readouterr().out
+
+
+def test_nothing_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.mp4").write_text("no video")
+    assert run(tmp_path / "in", tmp_path / "out") == 1
+
+
+def test_wrong_folders(tmp_path, place_clip, capsys):
+    place_clip(tmp_path / "in" / "x.mp4")
+    (tmp_path / "empty").mkdir()
+    for source, output, message in [
+        (tmp_path / "none", tmp_path / "out", "there is no folder"),
+        (tmp_path / "empty", tmp_path / "out", "holds no video"),
+        (tmp_path / "in", tmp_path / "in", "must be folders apart"),
+        (tmp_path / "in", tmp_path / "in" / "small", "must be folders apart"),
+        (tmp_path / "in", tmp_path, "must be folders apart"),
+    ]:
+        assert run(source, output) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert run(tmp_path / "in", tmp_path / "out", "--short-side", 121) == 2
+    assert "the short side must be even" in capsys.readouterr().err
+
+
+def test_only_what_changed_is_done_again(tmp_path, place_clip, encode, pictures):
+    output = tmp_path / "out"
+    for name in ["1", "2", "3"]:
+        place_clip(tmp_path / "in" / f"{name}.mp4")
+
+    def again(*options):
+        before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
+        assert run(tmp_path / "in", output, *options) == 0
+        after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.mp4")}
+        return {name for name in after if after[name] != before.get(name)}
+
+    assert again() == {"1.mp4", "2.mp4", "3.mp4"}
+    assert again() == set()
+    assert report_of(output)["num_kept"] == 3
+    encode(tmp_path / "in" / "2.mp4", pictures)
+    assert again() == {"2.mp4"}
+    (output / "3.mp4").unlink()
+    (output / "1.mp4").write_text("someone else's")
+    assert again() == {"1.mp4", "3.mp4"}
+    assert again("--crf", "30") == {"1.mp4", "2.mp4", "3.mp4"}
+
+
+def test_killed_and_run_again(tmp_path, place_clip):
+    """Nothing half-done bears a final name, what is done stays, the end is that of one run."""
+    for i in range(24):
+        place_clip(tmp_path / "in" / str(i % 3) / f"{i}.mp4")
+    output = tmp_path / "out"
+    command = [
+        *(sys.executable, resize_videos.__file__, tmp_path / "in", output),
+        *("--preset", "veryslow", "--workers", "2"),
+    ]
+    ledger = output / ".resize.ledger.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not ledger.exists() or ledger.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in output.glob("*/[0-9]*.mp4")}
+    assert 4 <= len(done) < 24
+    for path in done:
+        assert count_decodable_frames(path) == 12
+    # As a kill in the middle of a file leaves it.
+    (output / "0" / ".0.mp4.1.part").write_text("half")
+    (output / "0" / ".23.mp4.1.part").write_text("of another run: not one of ours in this folder")
+    done_names = [json.loads(line)[0] for line in ledger.read_text().splitlines()]
+    if "0/0.mp4" in done_names:
+        (output / "0" / "0.mp4").unlink()
+
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert len(list(output.glob("*/[0-9]*.mp4"))) == 24
+    assert [path.name for path in output.glob("*/.*.part")] == [".23.mp4.1.part"]
+    recorded = [path for path in done if str(path.relative_to(output)) in done_names]
+    for path in recorded:
+        if path.name != "0.mp4":
+            assert path.stat().st_mtime_ns == done[path]
+    alone = tmp_path / "alone"
+    assert run(tmp_path / "in", alone, "--preset", "veryslow", workers=2) == 0
+    for path in alone.glob("*/*.mp4"):
+        assert path.read_bytes() == (output / path.relative_to(alone)).read_bytes()
+
+
+@pytest.mark.real_data
+def test_odd_videos(shared_data, tmp_path):
+    """Each is either copied frame for frame or told to be broken."""
+    assert run(shared_data / "odd", tmp_path / "out", workers=2) == 0
+    failed = {Path(entry["path"]).name for entry in report_of(tmp_path / "out")["failed"]}
+    assert failed == {
+        "audio_only.mp4",
+        "chunk_out_of_range.mp4",
+        "cut_30k_av1.mp4",
+        "header_only_no_frames.mp4",
+        "invalid_nalu.mp4",
+        "invalid_vp9.webm",
+        "malformed_box.mp4",
+        "moov_only_5544_claimed.mp4",
+        "no_timescale.mp4",
+        "tiny_zero_frames.avi",
+        "truncated_mid_stream.mp4",
+        "zero_bytes.mp4",
+        "zero_stsc.mp4",
+    }
+    for source in (shared_data / "odd").iterdir():
+        copy = (tmp_path / "out" / source.name).with_suffix(".mp4")
+        assert copy.exists() == (source.name not in failed)
+        if copy.exists():
+            with av.open(str(source)) as container:
+                times = times_of(container.decode(video=0))
+            with av.open(str(copy)) as container:
+                copied_times = times_of(container.decode(video=0))
+                assert (
+                    min(container.streams.video[0].height, container.streams.video[0].width) <= 256
+                )
+            np.testing.assert_allclose(copied_times, times - times[0], atol=1e-6)
+
+
+@pytest.mark.real_data
+def test_kinetics_clip(shared_data, tmp_path):
+    source = shared_data / "kinetics_tiny" / "val" / "ddvJ6-faICE.mp4"
+    (tmp_path / "in").mkdir()
+    os.symlink(source, tmp_path / "in" / source.name)
+    assert run(tmp_path / "in", tmp_path / "out", "--short-side", 128) == 0
+    expected, _ = stored_frames(source)
+    got, _ = stored_frames(tmp_path / "out" / source.name)
+    assert got.shape == (299, 128, 206, 3)
+    sample = slice(None, None, 30)
+    assert psnr(got[sample], resized(expected[sample], 128, 206)) > 28
+
+
+@pytest.mark.parametrize(("fps", "last"), [(10, 0.9), (25, None), (30, None), (12.5, None)])
+def test_resampling_shows_what_ffmpeg_would(tmp_path, encode, pictures, fps, last):
+    """Which frame is seen when, by ffmpeg's own fps filter; and every frame is on time."""
+    pts = [0, 33, 40, 100, 103, 190, 191, 250, 300, 301, 302, 400, 433, 466, 500, 900]
+    source = tmp_path / "in" / "x.mkv"
+    encode(source, pictures, pts=pts, time_base=Fraction(1, 1000), crf=1)
+    assert run(tmp_path / "in", tmp_path / "out", "--fps", fps, "--crf", 1) == 0
+    got, times = stored_frames(tmp_path / "out" / "x.mp4")
+    np.testing.assert_allclose(times, np.arange(len(got)) / fps, atol=1e-6)
+
+    graph = av.filter.Graph()
+    with av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        nodes = [
+            graph.add_buffer(template=stream),
+            graph.add("fps", f"fps={fps}"),
+            graph.add("buffersink"),
+        ]
+        graph.link_nodes(*nodes).configure()
+        for frame in container.decode(stream):
+            graph.push(frame)
+        graph.push(None)
+    expected = []
+    while True:
+        try:
+            expected.append(graph.pull().to_ndarray(format="rgb24"))
+        except (av.error.BlockingIOError, av.error.EOFError):
+            break
+    # ffmpeg ends where the last frame begins; here it is shown for a frame's time.
+    assert len(expected) - 1 <= len(got) <= len(expected) + 3
+    shown = min(len(expected), len(got))
+    for t in range(shown):
+        differences = np.abs(pictures.astype(int) - expected[t]).mean((1, 2, 3))
+        own = np.abs(pictures.astype(int) - got[t]).mean((1, 2, 3))
+        assert differences.argmin() == own.argmin(), t
+
+
+def test_a_source_with_a_new_time_but_the_same_content_is_not_encoded_again(tmp_path, place_clip):
+    source = place_clip(tmp_path / "in" / "x.mp4")
+    output = tmp_path / "out" / "x.mp4"
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    inode = output.stat().st_ino
+    os.utime(source, (1, 1))
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert output.stat().st_ino == inode
+    content = bytearray(source.read_bytes())
+    content[-1] ^= 1  # of the same size
+    source.write_bytes(content)
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert output.stat().st_ino != inode
+
+
+def test_shards_share_out_the_work(tmp_path, place_clip, capsys):
+    for i in range(9):
+        place_clip(tmp_path / "in" / f"{i}.mp4")
+    done = set()
+    for i in range(3):
+        assert run(tmp_path / "in", tmp_path / "out", "--shard", f"{i}/3") == 0
+        new = {path.name for path in tmp_path.glob("out/*.mp4")} - done
+        assert new
+        done |= new
+    assert len(done) == 9
+    assert sorted(path.name for path in tmp_path.glob("out/*.json")) == [
+        *(f"resize.{i}-of-3.report.json" for i in range(3))
+    ]
+    capsys.readouterr()
+    assert run(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
+    assert "dry run: 0 to do, 9 done already" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tmp_path / "in", tmp_path / "out", "--shard", "3/3")

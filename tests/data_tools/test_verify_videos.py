@@ -1,0 +1,158 @@
+"""Every defect has its name, and a sound video none."""
+
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+
+from data_tools import verify_videos
+from data_tools.step import StepResult
+
+
+def run(*arguments):
+    return verify_videos.main([*map(str, arguments), "--workers", "2"])
+
+
+def defects_of(report):
+    return {entry["path"]: entry["defect"] for entry in json.loads(report.read_text())["defective"]}
+
+
+@pytest.fixture
+def report(tmp_path):
+    return tmp_path / "report.json"
+
+
+def remux_with_times(source, target, times):
+    """The same packets, without any B-frames, at other times."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        for packet, time in zip(packets, times, strict=True):
+            packet.stream, packet.pts, packet.dts = stream, time, time
+            new.mux(packet)
+
+
+def test_defects(tmp_path, place_clip, encode, pictures, report, capsys):
+    videos = tmp_path / "videos"
+    whole = place_clip(videos / "a" / "-whole.mp4")
+    shutil.copyfile(whole, videos / "a" / "copy of it.mp4")
+    with av.open(str(whole)) as old, av.open(str(videos / "a" / "remuxed.mkv"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    content = whole.read_bytes()
+    (videos / "cut.mp4").write_bytes(content[: len(content) * 9 // 10])
+    (videos / "zero.mp4").touch()
+    (videos / "text.mp4").write_text("no video " * 100)
+    (videos / "link.mp4").symlink_to("nowhere")
+    with av.open(str(videos / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        sound.sample_rate = 16000
+        container.mux([*stream.encode(sound), *stream.encode(None)])
+    plain = encode(tmp_path / "plain.mkv", pictures, codec="mpeg4")
+    remux_with_times(plain, videos / "twice.mkv", [0, 40, 80, 80, *range(120, 600, 40)])
+    encode(videos / "odd.mkv", pictures[:, :79, :119], codec="mpeg4")
+
+    assert run(videos, report) == 1
+    assert defects_of(report) == {
+        "link.mp4": "missing",
+        "a/copy of it.mp4": "duplicate",
+        "a/remuxed.mkv": "duplicate",
+        "cut.mp4": "truncated",
+        "sound.mp4": "no_video_stream",
+        "text.mp4": "unreadable",
+        "twice.mkv": "timestamps",
+        "zero.mp4": "no_frames",
+    }
+    content = json.loads(report.read_text())
+    assert (content["num_videos"], content["num_defective"]) == (10, 8)
+    assert {"path": "a/-whole.mp4", "defect": "", "reason": ""}.items() <= content["sound"][
+        0
+    ].items()
+    assert (content["sound"][0]["num_frames"], content["sound"][0]["fps"]) == (12, 25.0)
+    assert (content["sound"][1]["width"], content["sound"][1]["height"]) == (119, 79)
+    text = capsys.readouterr()
+    assert "10 videos, 8 of them defective (80.00%)" in text.out
+    assert "--max-defects" in text.err
+    assert run(videos, report, "--max-defects", "0.8") == 0
+
+
+def test_a_list_names_what_is_missing(tmp_path, place_clip, report):
+    place_clip(tmp_path / "videos" / "aaaaaaaaaaa_000001_000011.mp4")
+    place_clip(tmp_path / "videos" / "not listed.mp4")
+    source = tmp_path / "val.csv"
+    rows = ["yoga,aaaaaaaaaaa,1,11,val", "yoga,bbbbbbbbbbb,2,12,val"]
+    source.write_text("\n".join(["label,youtube_id,time_start,time_end,split", *rows]) + "\n")
+    assert run(source, report, "--videos", tmp_path / "videos", "--max-defects", "0.5") == 0
+    assert defects_of(report) == {"bbbbbbbbbbb_000002_000012": "missing"}
+    (entry,) = json.loads(report.read_text())["defective"]
+    assert entry["reason"] == "no such file (val.csv:3)"
+
+
+def test_only_changed_files_are_decoded_again(tmp_path, place_clip, report, capsys):
+    for name in "ab":
+        place_clip(tmp_path / "videos" / f"{name}.mp4")
+    assert run(tmp_path / "videos", report, "--dry-run") == 0
+    assert "dry run: 2 to do, 0 done already" in capsys.readouterr().out
+    assert not report.exists()
+    assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
+    before = report.read_bytes()
+    (tmp_path / "videos" / "b.mp4").write_text("no video any more")
+    assert run(tmp_path / "videos", report, "--dry-run") == 0
+    assert "dry run: 1 to do, 1 done already" in capsys.readouterr().out
+    assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
+    assert report.read_bytes() != before
+    assert defects_of(report) == {"b.mp4": "unreadable"}
+
+
+def test_what_takes_a_process_down_is_named():
+    kinds = {"a": "crash", "b": "timeout", "c": "memory", "d": "error", "e": "lost"}
+    step = StepResult(failures=dict.fromkeys(kinds, "why"), kinds=kinds)
+    defects = {e["path"]: e["defect"] for e in verify_videos._verdicts(list(kinds), step)}
+    assert defects == {"a": "crashed", "b": "hung", "c": "memory", "d": "crashed", "e": "crashed"}
+
+
+def test_too_large_a_picture_costs_itself_alone(tmp_path, place_clip, encode, report):
+    place_clip(tmp_path / "videos" / "small.mp4")
+    picture = np.zeros((1, 8000, 8000, 3), np.uint8)
+    encode(tmp_path / "videos" / "large.mp4", picture, codec="mpeg4")
+    limits = ["--memory-gib", "0.3", "--max-defects", "0.5"]
+    assert run(tmp_path / "videos", report, *limits) == 0
+    assert defects_of(report) == {"large.mp4": "memory"}
+    assert run(tmp_path / "videos", report) == 0
+    assert defects_of(report) == {}
+
+
+def test_no_videos(tmp_path, report, capsys):
+    assert run(tmp_path, report) == 2
+    assert "holds no video" in capsys.readouterr().err
+
+
+ODD = {
+    "audio_only.mp4": "no_video_stream",
+    "chunk_out_of_range.mp4": "unreadable",
+    "cut_30k_av1.mp4": "unreadable",
+    "header_only_no_frames.mp4": "no_frames",
+    "invalid_nalu.mp4": "truncated",
+    "invalid_vp9.webm": "unreadable",
+    "malformed_box.mp4": "unreadable",
+    "moov_only_5544_claimed.mp4": "no_frames",
+    "no_timescale.mp4": "truncated",
+    "tiny_zero_frames.avi": "no_frames",
+    "truncated_mid_stream.mp4": "truncated",
+    "zero_bytes.mp4": "no_frames",
+    "zero_stsc.mp4": "unreadable",
+}
+
+
+@pytest.mark.real_data
+def test_odd_videos(shared_data, report):
+    """Those that are merely odd (rotated, variable rate, one pixel, wrong headers) are sound."""
+    assert run(shared_data / "odd", report) == 1
+    assert defects_of(report) == ODD
+    assert json.loads(report.read_text())["num_videos"] == 30

@@ -1,0 +1,94 @@
+import pickle
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+
+def randomise_norms(network):
+    """Norm parameters and statistics that no wrong assignment reproduces, in place."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(7)
+            elif name.endswith("running_mean") or (tensor.dim() == 1 and name.endswith("bias")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif tensor.dim() == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def randomised():
+    return randomise_norms
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Pickles as Python 2 and NumPy 1 did: byte strings, numpy.core."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_bytes
+
+    def save_text(self, value):
+        self.save_bytes(value.encode("latin1"))
+
+    dispatch[str] = save_text
+
+    def save_global(self, obj, name=None):
+        module = obj.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{name or obj.__qualname__}\n".encode())
+        self.memoize(obj)
+
+    dispatch[type(len)] = save_global
+    dispatch[type(lambda: 0)] = save_global
+    dispatch[type] = save_global
+
+
+@pytest.fixture(scope="session")
+def write_python2_pickle():
+    def write(path, content):
+        with path.open("wb") as file:
+            _Python2Pickler(file, protocol=2).dump(content)
+
+    return write
+
+
+# What Caffe2's tools call the tensors, written down once more, by hand.
+def caffe2_blob(own, norm):
+    layer, tensor = own.rsplit(".", 1)
+    suffix = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}.get(tensor)
+    if suffix is None:
+        return None
+    if layer == "conv1":
+        return "conv1_w"
+    if layer == "norm1":
+        return f"{'conv1_gn' if norm == 'gn' else 'res_conv1_bn'}_{suffix}"
+    if layer == "head.linear":
+        return {"weight": "pred_w", "bias": "pred_b"}[tensor]
+    stage, block, name = layer.split(".")
+    branch = {"1": "branch2a", "2": "branch2b", "3": "branch2c"}.get(name[-1], "branch1")
+    if "conv" in name:
+        return f"{stage}_{block}_{branch}_w"
+    return f"{stage}_{block}_{branch}_{norm}_{suffix}"
+
+
+@pytest.fixture(scope="session")
+def caffe2_blobs():
+    def make(state_dict, norm):
+        """Blobs of a network of ours, with what else a Caffe2 checkpoint holds."""
+        blobs = {"model_iter": 450450, "lr": np.array(0.01, dtype=np.float32)}
+        for own, tensor in state_dict.items():
+            if name := caffe2_blob(own, norm):
+                blobs[name] = tensor.numpy()
+                if own.endswith("weight"):
+                    blobs[f"{name}_momentum"] = np.zeros_like(tensor.numpy())
+        return blobs
+
+    return make

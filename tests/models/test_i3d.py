@@ -1,0 +1,363 @@
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from i3d_gn.models import i3d_resnet50, i3d_resnet101, i3d_tiny
+from i3d_gn.models.i3d import conv3d
+from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
+
+# DESIGN section 2: the layer table of the long form at 32 x 224 x 224.
+LAYER_TABLE = {
+    "conv1": (64, 16, 112, 112),
+    "pool1": (64, 8, 55, 55),
+    "res2": (256, 8, 55, 55),
+    "pool2": (256, 4, 55, 55),
+    "res3": (512, 4, 28, 28),
+    "res4": (1024, 4, 14, 14),
+    "res5": (2048, 4, 7, 7),
+}
+
+
+def on_meta(make, *args, **kwargs):
+    with torch.device("meta"):
+        return make(*args, **kwargs)
+
+
+def output_shapes(model, num_frames, height, width):
+    shapes = {}
+    for name, module in model.named_children():
+        module.register_forward_hook(
+            lambda _m, _i, y, name=name: shapes.update({name: y.shape[1:]})
+        )
+    model(torch.empty(1, 3, num_frames, height, width, device="meta"))
+    return shapes
+
+
+def features_of(model, clips):
+    kept = []
+    with model.res5.register_forward_hook(lambda _m, _i, y: kept.append(y)):
+        model(clips)
+    return kept[0]
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+def test_parameter_count(norm):
+    model = on_meta(i3d_resnet50, norm)
+    counts = {"conv": 0, "norm": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        kind = next(k for k in counts if k in name)
+        counts[kind] += parameter.numel()
+    assert counts == {"conv": 27_170_752, "norm": 53_120, "head": 819_600}
+    assert sum(counts.values()) == 28_043_472
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "side", "giga_multiply_adds"),
+    [(32, 224, 32.83), (64, 224, 65.66), (32, 256, 42.93), (64, 256, 85.86)],
+)
+def test_multiply_adds(num_frames, side, giga_multiply_adds):
+    model = on_meta(i3d_resnet50)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, num_frames, side, side, device="meta"))
+    measured = counter.get_total_flops() / 2 / 1e9
+    assert measured == pytest.approx(giga_multiply_adds, rel=0.005)
+
+
+def test_layer_table():
+    model = on_meta(i3d_resnet50)
+    names = ["conv1", "norm1", "pool1", "res2", "pool2", "res3", "res4", "res5", "head"]
+    assert [name for name, _ in model.named_children()] == names
+    shapes = output_shapes(model, 32, 224, 224)
+    assert shapes | LAYER_TABLE == shapes
+    assert shapes["head"] == (400,)
+    assert output_shapes(on_meta(i3d_resnet50), 64, 224, 224)["res5"] == (2048, 8, 7, 7)
+
+
+def test_temporal_kernels():
+    def kernels(model):
+        return [
+            [block.conv1.kernel_size[0] for block in stage]
+            for stage in (model.res2, model.res3, model.res4, model.res5)
+        ]
+
+    long = on_meta(i3d_resnet50)
+    assert long.conv1.kernel_size == (5, 7, 7)
+    assert kernels(long) == [[3, 3, 3], [3, 1, 3, 1], [3, 1, 3, 1, 3, 1], [1, 3, 1]]
+    deep = kernels(on_meta(i3d_resnet101))
+    assert [len(stage) for stage in deep] == [3, 4, 23, 3]
+    assert deep[2] == [3, 1] * 11 + [3]
+    flat = on_meta(i3d_resnet50, inflate=False)
+    assert all(m.kernel_size[0] == 1 for m in flat.modules() if isinstance(m, nn.Conv3d))
+    assert (flat.pool1.kernel_size, flat.pool2.kernel_size) == ((2, 3, 3), (2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"form": "8x8"}, {"conv1": (64, 8, 112, 112), "pool1": (64, 8, 55, 55)}),
+        ({"pool_padding": 1}, {"pool1": (64, 4, 56, 56), "res3": (512, 2, 28, 28)}),
+        # [NL] paper, Table 1: 56 x 56 after pool1.
+        (
+            {"paper_pools": True, "pool_padding": 1},
+            {"pool1": (64, 4, 56, 56), "res5": (2048, 2, 7, 7)},
+        ),
+        ({"stride_in": "1x1"}, {"res3": (512, 2, 28, 28), "res5": (2048, 2, 7, 7)}),
+        ({"inflate": False}, {"conv1": (64, 8, 112, 112), "res5": (2048, 2, 7, 7)}),
+    ],
+)
+def test_shapes_of_the_options(options, expected):
+    num_frames = 8 if options.get("form") == "8x8" else 16
+    shapes = output_shapes(on_meta(i3d_resnet50, **options), num_frames, 224, 224)
+    assert shapes | expected == shapes
+
+
+def test_paper_pools_kernels():
+    model = on_meta(i3d_tiny, paper_pools=True)
+    assert (model.pool1.kernel_size, model.pool1.padding) == ((3, 3, 3), (1, 0, 0))
+    assert (model.pool2.kernel_size, model.pool2.padding) == ((3, 1, 1), (1, 0, 0))
+
+
+def test_stride_placement():
+    for stride_in, strides in (("3x3", (1, 2)), ("1x1", (2, 1))):
+        block = on_meta(i3d_resnet50, stride_in=stride_in).res3[0]
+        assert block.conv1.stride == (1, strides[0], strides[0])
+        assert block.conv2.stride == (1, strides[1], strides[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pool_padding": 1}, {"paper_pools": True}, {"form": "8x8"}]
+)
+@pytest.mark.parametrize(
+    "size", [(32, 64, 64), (16, 56, 56), (17, 61, 83), (33, 40, 97), (7, 33, 32)]
+)
+def test_feature_size_is_the_size_of_the_features(options, size):
+    model = on_meta(i3d_tiny, **options)
+    shapes = output_shapes(model, *size)
+    assert model.feature_size(*size) == shapes["res5"][1:]
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "8x8"}, {"paper_pools": True}])
+def test_too_small_clips(options):
+    model = on_meta(i3d_tiny, **options)
+    with pytest.raises(ValueError, match="too small") as error:
+        model.feature_size(1, 1, 1)
+    least = [int(n) for n in re.findall(r"\d+", str(error.value).split("at least")[1])]
+    assert model.feature_size(*least) == (1, 1, 1)
+    for axis in range(3):
+        smaller = list(least)
+        smaller[axis] -= 1
+        if smaller[axis]:
+            with pytest.raises(ValueError, match="too small"):
+                model(torch.empty(1, 3, *smaller, device="meta"))
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = i3d_resnet50(num_classes=400)
+    for name, parameter in model.named_parameters():
+        if "conv" in name:
+            fan_out = parameter.shape[0] * parameter[0, 0].numel()
+            assert parameter.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        elif name.endswith("norm3.weight"):
+            assert torch.equal(parameter, torch.zeros_like(parameter))
+        elif name.endswith("weight") and "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter))
+        elif name.endswith("bias"):
+            assert torch.equal(parameter, torch.zeros_like(parameter))
+    assert model.head.linear.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert model.head.dropout.p == 0.5
+    ones = i3d_tiny(zero_init_last_norm=False)
+    assert all(torch.equal(b.norm3.weight, torch.ones(64)) for b in ones.res2)
+    # A frozen gamma of zero could never leave it.
+    assert i3d_tiny("frozen_bn").res2[0].norm3.weight.min() == 1
+
+
+def test_norm_by_name_and_by_function():
+    assert i3d_tiny("gn").norm1.num_groups == 8
+    assert i3d_tiny("ln").norm1.num_groups == 1
+    model = on_meta(i3d_resnet50, partial(make_norm, "gn", channels_per_group=16))
+    norms = [m for m in model.modules() if isinstance(m, GroupNorm)]
+    assert len(norms) == 53
+    assert {m.num_channels // m.num_groups for m in norms} == {16}
+    for name, kind in (
+        ("bn", nn.BatchNorm3d),
+        ("frozen_bn", FrozenBatchNorm),
+        ("none", nn.Identity),
+    ):
+        assert isinstance(i3d_tiny(name).res5[0].shortcut_norm, kind)
+
+
+@pytest.mark.parametrize("size", [(32, 64, 64), (16, 56, 56)])
+@pytest.mark.parametrize("norm", ["gn", "bn", "ln"])
+def test_tiny_trains(size, norm):
+    torch.manual_seed(0)
+    model = i3d_tiny(norm, num_classes=3, dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    clips, labels = torch.randn(3, 3, *size), torch.arange(3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(clips), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_window_of_the_training_size_equals_the_plain_form():
+    torch.manual_seed(0)
+    model = i3d_tiny(num_classes=5).eval()
+    clips = torch.randn(2, 3, 16, 70, 90)
+    _, height, width = model.feature_size(16, 70, 90)
+    local = model(clips, window=(height, width))
+    assert local.shape == (2, 5, 1, 1, 1)
+    torch.testing.assert_close(local.flatten(1), model(clips))
+
+
+@pytest.mark.parametrize("num_frames", [16, 32, 40])
+def test_window_equals_brute_force_pooling(num_frames):
+    torch.manual_seed(0)
+    model = i3d_tiny(num_classes=5).eval()
+    clips = torch.randn(2, 3, num_frames, 100, 140)
+    features = features_of(model, clips)
+    local = model(clips, window=(2, 3))
+    _, _, _, map_height, map_width = features.shape
+    assert local.shape == (2, 5, 1, map_height - 1, map_width - 2)
+    for row in range(map_height - 1):
+        for column in range(map_width - 2):
+            pooled = features[:, :, :, row : row + 2, column : column + 3].mean((2, 3, 4))
+            torch.testing.assert_close(local[:, :, 0, row, column], model.head.linear(pooled))
+
+
+def test_interior_local_logits_equal_those_of_a_crop():
+    """A local logit sees its receptive field alone, when normalisation is per position."""
+    torch.manual_seed(0)
+    model = i3d_tiny("frozen_bn", num_classes=5, inflate=False).eval()
+    # Stride 32 in space: receptive field of one res5 position, from the 2-D ResNet arithmetic.
+    clips = torch.zeros(1, 3, 16, 352, 352)
+    clips[..., 128:224, 128:224] = torch.randn(1, 3, 16, 96, 96)
+    shifted = torch.zeros_like(clips)
+    shifted[..., 96:192, 128:224] = clips[..., 128:224, 128:224]
+    local, moved = model(clips, window=(1, 1)), model(shifted, window=(1, 1))
+    # Away from the borders, moving the picture by one stride moves the logits by one position.
+    torch.testing.assert_close(local[..., 4:8, 3:8], moved[..., 3:7, 3:8])
+    assert (local[..., 4:8, 3:8] - local[..., 3:7, 3:8]).abs().max() > 1e-3
+
+
+def test_wrong_clips():
+    model = i3d_tiny(num_classes=5).eval()
+    with pytest.raises(ValueError, match=r"\(2, 1, 16, 56, 56\)"):
+        model(torch.randn(2, 1, 16, 56, 56))
+    with pytest.raises(ValueError, match=r"\(3, 16, 56, 56\)"):
+        model(torch.randn(3, 16, 56, 56))
+    with pytest.raises(ValueError, match="torch.uint8"):
+        model(torch.zeros(2, 3, 16, 56, 56, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"window=\(7, 7\) does not fit the 2x2"):
+        model(torch.randn(2, 3, 16, 56, 56), window=(7, 7))
+    with pytest.raises(ValueError, match=r"window=\(0, 1\)"):
+        model(torch.randn(2, 3, 16, 56, 56), window=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"form": "short"},
+            r"form 'short' is unknown; choose one of \('long', '8x8', 'mmaction2'\)",
+        ),
+        ({"pool_padding": 2}, "pool_padding 2"),
+        ({"stride_in": "7x7"}, "stride_in '7x7'"),
+        ({"norm": "group"}, "norm 'group' is unknown"),
+        ({"checkpoint_stages": ("res1",)}, "'res1' is unknown.*res5"),
+        ({"form": "8x8", "paper_pools": True}, "paper_pools"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        i3d_tiny(**options)
+
+
+def train_step(model, clips, labels):
+    torch.manual_seed(1)
+    loss = F.cross_entropy(model.train()(clips), labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn"])
+@pytest.mark.parametrize("stages", [("res2",), ("res2", "res3", "res4", "res5")])
+def test_checkpointing_is_bit_equal(norm, stages):
+    torch.manual_seed(0)
+    plain = i3d_tiny(norm, num_classes=3)
+    recomputing = i3d_tiny(norm, num_classes=3, checkpoint_stages=stages)
+    recomputing.load_state_dict(plain.state_dict())
+    clips, labels = torch.randn(2, 3, 16, 56, 56), torch.arange(2)
+    for _ in range(2):
+        loss, grads = train_step(plain, clips, labels)
+        other_loss, other_grads = train_step(recomputing, clips, labels)
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+    # Running statistics and batch counts too: recomputation must not update them again.
+    state, other_state = plain.state_dict(), recomputing.state_dict()
+    assert all(torch.equal(state[key], other_state[key]) for key in state)
+    if norm == "bn":
+        assert recomputing.res2[0].norm1.num_batches_tracked == 2
+        assert recomputing.res2[0].norm1.track_running_stats
+
+
+def test_checkpointing_keeps_fewer_activations():
+    def kept_bytes(model):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randn(1, 3, 16, 56, 56))
+        return kept
+
+    names = ("res2", "res3", "res4", "res5")
+    assert kept_bytes(i3d_tiny(checkpoint_stages=names)) < 0.6 * kept_bytes(i3d_tiny())
+
+
+def test_channels_last_bf16_and_copies():
+    torch.manual_seed(0)
+    model = i3d_tiny(num_classes=5).eval()
+    nn.init.normal_(model.head.linear.weight)
+    clips = torch.randn(2, 3, 16, 56, 56)
+    expected = model(clips)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last_3d)
+    output = last(clips.to(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = last(clips)
+    assert low.dtype == torch.bfloat16
+    assert F.cosine_similarity(low.float().flatten(), expected.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("num_frames", [2, 3])
+def test_bf16_gradients_where_the_kernel_is_longer_than_the_clip(num_frames):
+    torch.manual_seed(0)
+    conv = conv3d(16, 16, (5, 3, 3), (1, 1, 1))
+    clips = torch.randn(2, 16, num_frames, 9, 9)
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        reference = copy.deepcopy(conv).to(dtype)
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            reference.zero_grad()
+            y = reference(clips.to(dtype).contiguous(memory_format=layout))
+            y.square().sum().backward()
+            gradients.append(reference.weight.grad.double())
+    for gradient in gradients[1:]:
+        scale = gradients[0].abs().max()
+        assert (gradient - gradients[0]).abs().max() < 0.02 * scale
+    plain = torch.nn.functional.conv3d(clips, conv.weight, None, 1, (2, 1, 1))
+    torch.testing.assert_close(conv(clips), plain)

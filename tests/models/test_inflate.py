@@ -1,0 +1,302 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from i3d_gn.models import I3D, i3d_resnet50
+from i3d_gn.models.inflate import inflate_kernel, load_imagenet_weights
+
+SHALLOW = (1, 1, 1, 1)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels)
+
+
+def randomise_(network):
+    """Norm parameters and statistics that no wrong assignment reproduces."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if name.endswith("running_mean") or (tensor.dim() == 1 and name.endswith("bias")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif name.endswith("running_var") or tensor.dim() == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif name.endswith("num_batches_tracked"):
+                tensor.fill_(7)
+    return network
+
+
+def image_network(depths=SHALLOW, norm="bn", stride_in="3x3"):
+    torch.manual_seed(0)
+    network = ResNet(
+        Bottleneck, list(depths), norm_layer=group_norm if norm == "gn" else nn.BatchNorm2d
+    )
+    if stride_in == "1x1":
+        move_stride_(network)
+    return randomise_(network).eval()
+
+
+def move_stride_(network):
+    for module in network.modules():
+        if isinstance(module, Bottleneck) and module.stride > 1:
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
+
+def image_features(network, images):
+    x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    return network.layer4(network.layer3(network.layer2(network.layer1(x))))
+
+
+def clip_features(model, clips):
+    kept = []
+    with model.res5.register_forward_hook(lambda _m, _i, y: kept.append(y)), torch.no_grad():
+        model.eval()(clips)
+    return kept[0]
+
+
+def static_clip(images, num_frames):
+    return images[:, :, None].repeat(1, 1, num_frames, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def bn_source():
+    return image_network().state_dict()
+
+
+@pytest.fixture(scope="module")
+def gn_source():
+    return image_network(norm="gn").state_dict()
+
+
+@pytest.mark.parametrize("temporal_kernel", [1, 3, 5])
+def test_inflated_kernel_on_static_input(temporal_kernel):
+    kernel = torch.randn(4, 3, 3, 3)
+    inflated = inflate_kernel(kernel, temporal_kernel)
+    assert inflated.shape == (4, 3, temporal_kernel, 3, 3)
+    image = torch.randn(2, 3, 8, 8)
+    expected = torch.conv2d(image, kernel)
+    static = torch.conv3d(static_clip(image, temporal_kernel), inflated)
+    torch.testing.assert_close(static[:, :, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inflate_kernel_errors():
+    with pytest.raises(ValueError, match=r"\(4, 3, 3\)"):
+        inflate_kernel(torch.zeros(4, 3, 3), 3)
+    with pytest.raises(ValueError, match="temporal_kernel=0"):
+        inflate_kernel(torch.zeros(4, 3, 3, 3), 0)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("stride_in", ["3x3", "1x1"])
+def test_static_clip_gives_the_image_features_in_c2d(norm, stride_in):
+    """No temporal border without inflation, so group norm's statistics are the image's too."""
+    network = image_network(norm=norm, stride_in=stride_in)
+    model = I3D(SHALLOW, norm=norm, inflate=False, pool_padding=1, stride_in=stride_in)
+    load_imagenet_weights(model, network.state_dict())
+    images = torch.randn(2, 3, 65, 97, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = image_features(network, images)
+    features = clip_features(model, static_clip(images, 8))
+    scale = expected.abs().max().item()
+    for frame in features.unbind(2):
+        torch.testing.assert_close(frame, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("form", "num_frames"), [("long", 112), ("8x8", 32)])
+def test_static_clip_gives_the_image_features_away_from_temporal_borders(form, num_frames):
+    network = image_network()
+    model = I3D(SHALLOW, norm="bn", form=form, pool_padding=1)
+    load_imagenet_weights(model, network.state_dict())
+    images = torch.randn(1, 3, 40, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = image_features(network, images)
+    features = clip_features(model, static_clip(images, num_frames))
+    scale = expected.abs().max().item()
+    middle = features.shape[2] // 2
+    torch.testing.assert_close(features[:, :, middle], expected, rtol=0, atol=1e-5 * scale)
+    assert (features[:, :, 0] - expected).abs().max() > 1e-2 * scale  # the border
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "num_frames"),
+    [({}, 160), ({"form": "8x8"}, 48), ({"inflate": False}, 8)],
+)
+def test_static_clip_with_random_weights_resnet50(options, num_frames):
+    network = image_network(depths=(3, 4, 6, 3))
+    model = i3d_resnet50("bn", pool_padding=1, **options)
+    load_imagenet_weights(model, network.state_dict())
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = image_features(network, images)
+    features = clip_features(model, static_clip(images, num_frames))
+    middle = features.shape[2] // 2
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(features[:, :, middle], expected, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("options", "num_frames"),
+    [({}, 160), ({"form": "8x8"}, 48), ({"inflate": False}, 8)],
+)
+def test_static_clip_with_imagenet_weights(shared_data, options, num_frames):
+    path = shared_data / "resnet50_imagenet_msra.pth"
+    network = torchvision.models.resnet50()
+    move_stride_(network)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    network.eval()
+    model = i3d_resnet50("bn", pool_padding=1, stride_in="1x1", **options)
+    report = load_imagenet_weights(model, path)
+    assert report.unused == ("fc.weight", "fc.bias")
+    assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = image_features(network, images)
+    features = clip_features(model, static_clip(images, num_frames))
+    middle = features.shape[2] // 2
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(features[:, :, middle], expected, rtol=0, atol=2e-5 * scale)
+
+
+def test_report_counts_every_key(bn_source):
+    model = I3D(SHALLOW, norm="bn")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = load_imagenet_weights(model, bn_source)
+    assert set(report.loaded) | set(report.left_at_init) == set(model.state_dict())
+    assert set(report.left_at_init) == {"head.linear.weight", "head.linear.bias"}
+    assert set(report.unused) == {"fc.weight", "fc.bias"}
+    assert len(report.loaded) + len(report.unused) == len(bn_source)
+    after = model.state_dict()
+    for key in report.loaded:
+        assert not torch.equal(before[key], after[key]), key
+    for key in report.left_at_init:
+        assert torch.equal(before[key], after[key]), key
+    assert "fc.weight" in str(report)
+
+
+def test_prefix_wrapping_file_and_half_precision(tmp_path, bn_source):
+    plain = I3D(SHALLOW, norm="bn")
+    load_imagenet_weights(plain, bn_source)
+    half = {k: v.half() if v.dim() == 4 else v for k, v in bn_source.items()}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in half.items()}}, tmp_path / "w.pth")
+    stored = I3D(SHALLOW, norm="bn")
+    load_imagenet_weights(stored, tmp_path / "w.pth")
+    for (name, a), b in zip(plain.named_parameters(), stored.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        if "conv" in name:
+            torch.testing.assert_close(a, b, rtol=2**-11, atol=1e-7)
+        elif "norm" in name:
+            assert torch.equal(a, b)
+    # Rounded once, on storage; divided by Kt in float32.
+    assert torch.equal(stored.conv1.weight, inflate_kernel(half["conv1.weight"].float(), 5))
+
+
+@pytest.mark.parametrize("norm", ["sync_bn", "frozen_bn"])
+def test_other_batch_norms(norm, bn_source):
+    model = I3D(SHALLOW, norm=norm)
+    report = load_imagenet_weights(model, bn_source)
+    for name, value in model.res3[0].norm2.state_dict().items():
+        assert torch.equal(value, bn_source[f"layer2.0.bn2.{name}"])
+    counts = [k for k in bn_source if k.endswith("num_batches_tracked")]
+    unused = {"fc.weight", "fc.bias"} | set(counts if norm == "frozen_bn" else ())
+    assert set(report.unused) == unused
+    assert len(report.loaded) + len(report.unused) == len(bn_source)
+
+
+def test_group_norm_into_group_norm(gn_source):
+    model = I3D(SHALLOW, norm="gn")
+    report = load_imagenet_weights(model, gn_source)
+    assert torch.equal(model.res4[0].norm3.weight, gn_source["layer3.0.bn3.weight"])
+    assert torch.equal(model.res4[0].shortcut_norm.bias, gn_source["layer3.0.downsample.1.bias"])
+    assert set(report.left_at_init) == {"head.linear.weight", "head.linear.bias"}
+
+
+@pytest.mark.parametrize(
+    ("source_norm", "norm"),
+    [("bn", n) for n in ("gn", "ln", "in", "none")]
+    + [("gn", n) for n in ("bn", "sync_bn", "frozen_bn", "ln", "in", "none")],
+)
+def test_other_norm_is_an_error_that_names_the_remedy(source_norm, norm, bn_source, gn_source):
+    model = I3D(SHALLOW, norm=norm)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    source = bn_source if source_norm == "bn" else gn_source
+    with pytest.raises(
+        ValueError, match=r"convolutions_only=True.*model\.weights_convolutions_only"
+    ):
+        load_imagenet_weights(model, source)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn", "in", "none"])
+@pytest.mark.parametrize("zero_init_last_norm", [True, False])
+def test_convolutions_only(norm, zero_init_last_norm, bn_source):
+    model = randomise_(I3D(SHALLOW, norm=norm, zero_init_last_norm=zero_init_last_norm))
+    report = load_imagenet_weights(model, bn_source, convolutions_only=True)
+    assert all("conv" in key for key in report.loaded)
+    assert len(report.loaded) == sum("conv" in key for key in model.state_dict())
+    assert set(report.loaded) | set(report.left_at_init) == set(model.state_dict())
+    assert len(report.loaded) + len(report.unused) == len(bn_source)
+    assert torch.equal(model.res2[0].conv2.weight[:, :, 0], bn_source["layer1.0.conv2.weight"])
+    fresh = I3D(SHALLOW, norm=norm, zero_init_last_norm=zero_init_last_norm).state_dict()
+    for key, value in model.state_dict().items():
+        if "norm" in key:
+            assert torch.equal(value, fresh[key]), key
+    if norm == "gn":
+        assert model.res2[0].norm3.weight.max() == (0 if zero_init_last_norm else 1)
+        assert model.res2[0].norm2.weight.min() == 1
+
+
+def test_depth_mismatch(bn_source):
+    deeper = image_network(depths=(1, 1, 2, 1)).state_dict()
+    shallow, deep = I3D(SHALLOW, norm="bn"), I3D((1, 1, 2, 1), norm="bn")
+    before = shallow.conv1.weight.clone()
+    with pytest.raises(ValueError, match=r"no place in it \(layer3\.1\.conv1.*depth"):
+        load_imagenet_weights(shallow, deeper)
+    with pytest.raises(ValueError, match=r"not filled \(res4\.1\.conv1"):
+        load_imagenet_weights(deep, bn_source)
+    assert torch.equal(shallow.conv1.weight, before)
+
+
+def test_unknown_and_missing_keys(bn_source):
+    model = I3D(SHALLOW, norm="bn")
+    with pytest.raises(ValueError, match="backbone.stem"):
+        load_imagenet_weights(model, {**bn_source, "backbone.stem": torch.zeros(1)})
+    short = {k: v for k, v in bn_source.items() if k != "layer2.0.bn3.running_var"}
+    with pytest.raises(ValueError, match=r"not filled \(res3\.0\.norm3\.running_var\)"):
+        load_imagenet_weights(model, short)
+
+
+def test_wrong_shape(bn_source):
+    model = I3D(SHALLOW, norm="bn")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wide = {**bn_source, "layer4.0.conv2.weight": torch.zeros(512, 1024, 3, 3)}
+    with pytest.raises(
+        ValueError, match=r"layer4\.0\.conv2\.weight.*\(512, 1024, 3, 3\).*\(512, 512, 3, 3\)"
+    ):
+        load_imagenet_weights(model, wide)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_files_that_are_no_weights(tmp_path):
+    model = I3D(SHALLOW, norm="bn")
+    with pytest.raises(ValueError, match=r"absent\.pth: no such file"):
+        load_imagenet_weights(model, tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
+    for name in ("text", "empty", "cut", "module"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth cannot be read") as error:
+            load_imagenet_weights(model, tmp_path / f"{name}.pth")
+        assert "\n" not in str(error.value)
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "dict.pth")
+    for name in ("list", "dict"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth: not a state dict"):
+            load_imagenet_weights(model, tmp_path / f"{name}.pth")
+    with pytest.raises(ValueError, match="not a state dict"):
+        load_imagenet_weights(model, {})

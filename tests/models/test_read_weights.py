@@ -1,0 +1,378 @@
+"""Weights in, whatever they are called: logits equal those of the network they come from."""
+
+import functools
+import hashlib
+import http.server
+import re
+import threading
+import types
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms.v2.functional import normalize
+
+from i3d_gn import cli
+from i3d_gn.models import I3D, i3d_resnet50
+from i3d_gn.models.pretrained import load_pretrained
+from i3d_gn.models.resnet2d import ResNet2d, resnet50, resnet101
+from i3d_gn.models.vgg import VGG16
+from i3d_gn.models.weights import (
+    Weights,
+    WeightsInfo,
+    export_names,
+    read_weights,
+    write_weights,
+)
+
+SHALLOW = (1, 1, 1, 1)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels)
+
+
+def shallow_torchvision(norm):
+    torch.manual_seed(0)
+    return ResNet(
+        Bottleneck, list(SHALLOW), norm_layer=group_norm if norm == "gn" else nn.BatchNorm2d
+    )
+
+
+def logits(network, x):
+    with torch.no_grad():
+        return network.eval()(x)
+
+
+def filled(network, weights):
+    network.load_state_dict(weights.tensors)
+    return network
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.slow
+def test_torchvision_and_timm_networks_give_the_same_logits(images, randomised, tmp_path):
+    import timm
+
+    makers = {
+        "resnet50": (torchvision.models.resnet50, lambda: resnet50("bn"), "bn"),
+        "vgg16_bn": (torchvision.models.vgg16_bn, lambda: VGG16("bn"), "bn"),
+        "vgg16": (torchvision.models.vgg16, lambda: VGG16("none"), "none"),
+        "resnet50_gn": (lambda: timm.create_model("resnet50_gn"), lambda: resnet50("gn"), "gn"),
+    }
+    for name, (theirs, ours, norm) in makers.items():
+        torch.manual_seed(0)
+        reference = theirs()
+        if name != "vgg16":  # its biases alone are one-dimensional
+            randomised(reference)
+        path = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file(reference.state_dict(), path)
+        weights = read_weights(path)
+        assert (weights.info.norm, weights.info.spatial_dims) == (norm, 2)
+        expected = logits(reference, images)
+        assert expected.std() > 0.01
+        assert torch.equal(logits(filled(ours(), weights), images), expected), name
+        back = export_names(weights.tensors, "torchvision")
+        assert back.keys() == reference.state_dict().keys()
+        assert all(torch.equal(back[k], v) for k, v in reference.state_dict().items())
+
+
+def test_every_tensor_of_resnet101_has_a_place():
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet101().state_dict()
+        ours = resnet101("bn").state_dict()
+    renamed = read_weights(theirs).tensors
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_group_norm_reproduce(images, randomised, tmp_path):
+    reference = randomised(shallow_torchvision("gn"))
+    for norm_name in ("gn", "bn"):  # its resnet_gn.py, and torchvision's own names
+        state = {
+            "module." + re.sub(r"\bbn(\d)", rf"{norm_name}\1", k): v
+            for k, v in reference.state_dict().items()
+        }
+        torch.save({"epoch": 100, "best_acc1": 75.0, "state_dict": state}, tmp_path / "w.tar")
+        weights = read_weights(tmp_path / "w.tar")
+        assert weights.info.norm == "gn"
+        network = filled(ResNet2d(SHALLOW, norm="gn"), weights)
+        assert torch.equal(logits(network, images), logits(reference, images))
+
+
+def test_detectron_group_norm_takes_bgr_and_gives_rgb(
+    randomised, caffe2_blobs, write_python2_pickle, tmp_path
+):
+    detectron = randomised(ResNet2d(SHALLOW, norm="gn"))
+    rgb = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    # Detectron config.py: PIXEL_MEANS in BGR; no deviation.
+    bgr_means = torch.tensor([102.9801, 115.9465, 122.7717]).view(1, 3, 1, 1)
+    expected = logits(detectron, rgb.flip(1) - bgr_means)
+    blobs = caffe2_blobs(detectron.state_dict(), "gn")
+    for content in (blobs, {"blobs": blobs}):
+        write_python2_pickle(tmp_path / "R-50-GN.pkl", content)
+        weights = read_weights(tmp_path / "R-50-GN.pkl")
+        info = weights.info
+        assert (info.norm, info.num_groups, info.stride_in) == ("gn", 32, "3x3")
+        normalised = normalize(rgb / 255, list(info.mean), list(info.std))
+        ours = filled(ResNet2d(SHALLOW, norm="gn"), weights)
+        torch.testing.assert_close(logits(ours, normalised), expected, rtol=1e-4, atol=1e-3)
+        # The images in the wrong order give something else altogether.
+        error = (logits(ours, normalised) - expected).abs().max()
+        assert (logits(ours, normalised.flip(1)) - expected).abs().max() > 100 * error
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, spatial_dims):
+    make = ResNet2d if spatial_dims == 2 else I3D
+    original = randomised(make(SHALLOW, norm="bn", num_classes=7))
+    state = original.state_dict()
+    blobs = caffe2_blobs(state, "bn")
+    if spatial_dims == 3:  # as fully convolutional testing stores it
+        blobs["pred_w"] = blobs["pred_w"].reshape(7, 2048, 1, 1, 1)
+    path = tmp_path / "net.pkl"
+    write_python2_pickle(path, {"blobs": blobs})
+    weights = read_weights(path)
+    assert weights.info.spatial_dims == spatial_dims
+    assert weights.info.mean == (0.45, 0.45, 0.45)
+    assert weights.info.form == (None if spatial_dims == 2 else "long")
+    wanted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert weights.tensors.keys() == wanted.keys()
+    assert all(torch.equal(weights.tensors[k], v) for k, v in wanted.items())
+
+    # Folded for fine-tuning: scale and shift alone, without a classifier, protocol 0.
+    affine = {k: v for k, v in blobs.items() if not re.search("_rm|_riv|pred|momentum", k)}
+    for name in [name for name in affine if name.endswith("bn_s")]:
+        stem = name.removesuffix("s")
+        scale = blobs[name] / (blobs[stem + "riv"] + 1e-5) ** 0.5
+        affine[name], affine[stem + "b"] = scale, blobs[stem + "b"] - blobs[stem + "rm"] * scale
+    write_python2_pickle(path, affine)
+    frozen = make(SHALLOW, norm="frozen_bn", num_classes=7)
+    missing = frozen.load_state_dict(read_weights(path).tensors, strict=False)
+    assert missing.missing_keys == ["head.linear.weight", "head.linear.bias"]
+    frozen.head.load_state_dict(original.head.state_dict())
+    shape = (1, 3, 64, 64) if spatial_dims == 2 else (1, 3, 8, 64, 64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(frozen, x), logits(original, x), rtol=1e-4, atol=1e-4)
+
+
+def renamed(state_dict, *rules):
+    """Apply (pattern, replacement) in turn to every name."""
+    result = {}
+    for own, tensor in state_dict.items():
+        name = own
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        result[name] = tensor
+    return result
+
+
+# slowfast/models/{stem_helper,resnet_helper,head_helper}.py
+TO_PYSLOWFAST = (
+    (r"^(conv1|norm1)\.", r"s1.pathway0_stem.\1."),
+    (r"^res(\d)\.(\d+)\.", r"s\1.pathway0_res\2."),
+    (r"stem\.conv1", "stem.conv"), (r"stem\.norm1", "stem.bn"),
+    (r"\.shortcut_conv\.", ".branch1."), (r"\.shortcut_norm\.", ".branch1_bn."),
+    (r"\.conv1\.", ".branch2.a."), (r"\.norm1\.", ".branch2.a_bn."),
+    (r"\.conv2\.", ".branch2.b."), (r"\.norm2\.", ".branch2.b_bn."),
+    (r"\.conv3\.", ".branch2.c."), (r"\.norm3\.", ".branch2.c_bn."),
+    (r"^head\.linear", "head.projection"),
+)  # fmt: skip
+# mmaction/models/backbones/resnet3d.py, whose ConvModule has .conv and .bn
+TO_MMACTION2 = (
+    (r"^conv1\.", "backbone.conv1.conv."), (r"^norm1\.", "backbone.conv1.bn."),
+    (r"^res2\.", "backbone.layer1."), (r"^res3\.", "backbone.layer2."),
+    (r"^res4\.", "backbone.layer3."), (r"^res5\.", "backbone.layer4."),
+    (r"(layer.*)\.shortcut_conv\.", r"\1.downsample.conv."),
+    (r"(layer.*)\.shortcut_norm\.", r"\1.downsample.bn."),
+    (r"(layer.*)\.conv(\d)\.", r"\1.conv\2.conv."), (r"(layer.*)\.norm(\d)\.", r"\1.conv\2.bn."),
+    (r"^head\.linear", "cls_head.fc_cls"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rules", "wrapper", "form", "mean"),
+    [
+        (TO_PYSLOWFAST, "model_state", "8x8", (0.45, 0.45, 0.45)),
+        (TO_MMACTION2, "state_dict", "mmaction2", IMAGENET[0]),
+    ],
+)
+def test_pyslowfast_and_mmaction2(rules, wrapper, form, mean, randomised, tmp_path):
+    original = randomised(I3D(SHALLOW, norm="bn", num_classes=7, form=form, pool_padding=1))
+    state = renamed(original.state_dict(), *rules)
+    assert not any("norm" in name or "res2." in name for name in state)
+    torch.save({wrapper: state, "meta": {"epoch": 1}}, tmp_path / "w.pth")
+    weights = read_weights(tmp_path / "w.pth")
+    assert weights.info.mean == mean
+    ours = I3D(SHALLOW, norm="bn", num_classes=7, form=form, pool_padding=1)
+    report, info = load_pretrained(ours, weights)
+    assert not report.left_at_init
+    assert info.form == form
+    assert all(torch.equal(a, b) for a, b in zip(
+        ours.state_dict().values(), original.state_dict().values(), strict=True
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=f"form=long where the weights need {form}"):
+        load_pretrained(I3D(SHALLOW, norm="bn", num_classes=7, pool_padding=1), weights)
+
+
+def test_mmaction2_pools_as_its_backbone_does():
+    pool = I3D(SHALLOW, form="mmaction2", pool_padding=1).pool1
+    assert (pool.kernel_size, pool.stride, pool.padding) == ((1, 3, 3), (2, 2, 2), (0, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
+def test_out_to_pytorchvideo(randomised, tmp_path):
+    from pytorchvideo.models.hub import i3d_r50
+
+    torch.manual_seed(0)
+    ours = randomised(i3d_resnet50("bn", form="8x8", pool_padding=1))
+    info = WeightsInfo("i3d_gn", 3, "bn", form="8x8", pool_padding=1)
+    path = tmp_path / "w.safetensors"
+    write_weights(path, Weights(ours.state_dict(), info), naming="pytorchvideo")
+    theirs = i3d_r50(pretrained=False).eval()
+    theirs.load_state_dict(safetensors.torch.load_file(path))
+    clips = torch.randn(1, 3, 8, 193, 193, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(theirs, clips), logits(ours, clips), rtol=1e-4, atol=1e-4)
+    again = read_weights(path)
+    assert again.info == info
+    assert all(torch.equal(again.tensors[k], v) for k, v in ours.state_dict().items())
+
+
+def test_metadata_comes_back_as_written(tmp_path):
+    network = ResNet2d(SHALLOW, norm="gn")
+    info = WeightsInfo(
+        "torchvision", 2, "gn", num_groups=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
+        stride_in="1x1",
+    )  # fmt: skip
+    for naming in ("i3d_gn", "torchvision"):
+        write_weights(tmp_path / "w", Weights(network.state_dict(), info), naming=naming)
+        weights = read_weights(tmp_path / "w")
+        assert weights.info == info
+        assert all(torch.equal(weights.tensors[k], v) for k, v in network.state_dict().items())
+    with pytest.raises(ValueError, match="pytorchvideo those of video"):
+        write_weights(tmp_path / "w", Weights(network.state_dict(), info), naming="pytorchvideo")
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Serves what is saved in a folder over loopback; gives the folder and its address."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_torchvision_s_weights_are_had_by_name_and_checked(published, monkeypatch):
+    folder, address = published
+    state = shallow_torchvision("bn").state_dict()
+    torch.save(state, folder / "new.pth")
+    digest = hashlib.sha256((folder / "new.pth").read_bytes()).hexdigest()[:8]
+    (folder / "new.pth").rename(folder / f"resnet50-{digest}.pth")
+    (folder / "resnet50-00000000.pth").write_bytes(b"something else")
+
+    def weight_at(name):
+        return types.SimpleNamespace(url=f"{address}/{name}")
+
+    monkeypatch.setattr(
+        torchvision.models, "get_weight", lambda _: weight_at(f"resnet50-{digest}.pth")
+    )
+    weights = read_weights("ResNet50_Weights.IMAGENET1K_V2")
+    assert (weights.info.mean, weights.info.std) == IMAGENET
+    assert weights.info.stride_in == "3x3"
+    assert torch.equal(weights.tensors["res2.0.norm1.bias"], state["layer1.0.bn1.bias"])
+    for name in ("resnet50-00000000.pth", "missing-00000000.pth"):
+        monkeypatch.setattr(torchvision.models, "get_weight", lambda _, name=name: weight_at(name))
+        with pytest.raises(ValueError, match=r"cannot be had from .*; check the connection, or"):
+            read_weights("ResNet50_Weights.IMAGENET1K_V2")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"no weights 'ResNet50_Weights.V9'"):
+        read_weights("ResNet50_Weights.V9")
+
+
+def test_pytorchvideo_s_zoo_is_had_by_name(published, monkeypatch):
+    folder, address = published
+    network = I3D(SHALLOW, norm="bn", form="8x8", pool_padding=1)
+    state = export_names(network.state_dict(), "pytorchvideo")
+    torch.save({"model_state": state}, folder / "I3D_8x8_R50.pyth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from pytorchvideo.models.hub.resnet import checkpoint_paths
+    monkeypatch.setitem(checkpoint_paths, "i3d_r50", f"{address}/I3D_8x8_R50.pyth")
+    weights = read_weights("pytorchvideo/i3d_r50")
+    assert (weights.info.form, weights.info.pool_padding, weights.info.mean) == (
+        "8x8", 1, (0.45, 0.45, 0.45)
+    )  # fmt: skip
+    assert torch.equal(weights.tensors["res5.0.conv2.weight"], network.res5[0].conv2.weight)
+    with pytest.raises(ValueError, match=r"zoo i3d_r50, c2d_r50 are networks known here"):
+        read_weights("pytorchvideo/slowfast_r50")
+
+
+def test_weights_of_another_network_are_refused():
+    state = ResNet2d(SHALLOW, norm="gn").state_dict()
+    info = WeightsInfo("x", 2, "gn", num_groups=32, stride_in="1x1")
+    with pytest.raises(ValueError, match=r"model\.stride_in=3x3 where the weights need 1x1"):
+        load_pretrained(I3D(SHALLOW, norm="gn"), Weights(state, info))
+    model = I3D(SHALLOW, norm="gn", stride_in="1x1")
+    load_pretrained(model, Weights(state, info))
+    assert torch.equal(model.res5[0].conv2.weight[:, :, 0], state["res5.0.conv2.weight"])
+    sixteen = WeightsInfo("x", 2, "gn", channels_per_group=16)
+    with pytest.raises(ValueError, match="channels_per_group=2 where the weights need 16"):
+        load_pretrained(model, Weights(state, sixteen))
+
+
+def test_a_head_of_other_classes_stays_at_its_start():
+    state = I3D(SHALLOW, norm="gn", num_classes=7).state_dict()
+    weights = Weights(state, WeightsInfo("x", 3, "gn"))
+    report, _ = load_pretrained(I3D(SHALLOW, norm="gn", num_classes=5), weights)
+    assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    assert report.unused == report.left_at_init
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        ({"stem.weight": torch.zeros(1)}, "stem.weight are of no network known here"),
+        ({}, "not a state dict"),
+        (
+            {"conv1_gn_s": torch.zeros(1), "nonlocal_conv3_1_theta_w": torch.zeros(1)},
+            "nonlocal_conv3_1_theta_w have no place",
+        ),
+        ({"features.0.weight": torch.zeros(1), "x.y": torch.zeros(1)}, "no tensor of a VGG-16"),
+    ],
+)
+def test_unknown_tensors(state, line):
+    with pytest.raises(ValueError, match=line):
+        read_weights(state)
+
+
+@pytest.mark.real_data
+def test_real_weights_keep_their_stride_placement(shared_data, tmp_path, images):
+    """The original ResNet-50, stride in the first 1x1, stored in half precision."""
+    source = shared_data / "resnet50_imagenet_msra.pth"
+    reference = torchvision.models.resnet50()
+    for module in reference.modules():
+        if isinstance(module, Bottleneck) and module.stride == 2:
+            module.conv1.stride, module.conv2.stride = (2, 2), (1, 1)
+    reference.load_state_dict(torch.load(source, weights_only=True))
+    path = tmp_path / "w.safetensors"
+    assert cli.main(["convert", str(source), str(path), "--stride-in", "1x1"]) == 0
+    ours = filled(resnet50("bn", stride_in="1x1"), read_weights(path))
+    assert torch.equal(logits(ours, images), logits(reference, images))
+    with pytest.raises(ValueError, match=r"model\.stride_in=3x3 where the weights need 1x1"):
+        load_pretrained(i3d_resnet50("bn", 5), path)
+    load_pretrained(i3d_resnet50("bn", 5, stride_in="1x1"), path)

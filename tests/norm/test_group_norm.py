@@ -1,0 +1,373 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from i3d_gn.norm import GroupNorm
+from i3d_gn.norm.channels_last_cpu import group_norm_channels_last
+from i3d_gn.norm.functional import group_norm
+
+SHAPES = [
+    (3, 12),
+    (3, 12, 7),
+    (2, 12, 5, 7),
+    (2, 12, 3, 5, 7),
+    (2, 12, 1, 1, 1),
+    (1, 12, 16, 9, 11),
+]
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "sliced_channels_last",
+    "transposed",
+    "expanded",
+]
+
+
+def formula(x, num_groups, weight, bias, eps):
+    """[GN] Eqn. 7 in float64, one sample and group at a time."""
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    group_size = x.shape[1] // num_groups
+    rows = []
+    for sample in x:
+        groups = []
+        for g in range(num_groups):
+            channels = slice(g * group_size, (g + 1) * group_size)
+            values = sample[channels]
+            centred = values - values.sum() / values.numel()
+            variance = (centred * centred).sum() / values.numel()
+            by_channel = (-1,) + (1,) * (values.dim() - 1)
+            groups.append(
+                centred / (variance + eps).sqrt() * weight[channels].view(by_channel)
+                + bias[channels].view(by_channel)
+            )
+        rows.append(torch.cat(groups))
+    return torch.stack(rows)
+
+
+def has_layout(shape, layout):
+    return len(shape) >= {"channels_last": 4, "sliced_channels_last": 4, "sliced": 3}.get(layout, 2)
+
+
+def lay_out(x, layout):
+    """The same values with other strides."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=channels_last)
+    if layout in ("sliced", "sliced_channels_last"):
+        wide = F.pad(x, (1, 2))
+        if layout == "sliced_channels_last":
+            wide = wide.contiguous(memory_format=channels_last)
+        return wide[..., 1:-2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    assert layout == "expanded"
+    return x[:1].expand_as(x)
+
+
+def gradients(y, inputs, grad):
+    return torch.autograd.grad(y, inputs, grad.to(y.dtype))
+
+
+def parameters(num_channels, generator):
+    weight = torch.rand(num_channels, generator=generator) + 0.5
+    bias = torch.randn(num_channels, generator=generator)
+    return weight.requires_grad_(), bias.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"), [(s, la) for s in SHAPES for la in LAYOUTS if has_layout(s, la)]
+)
+@pytest.mark.parametrize("num_groups", [1, 3, 4, 12])
+def test_formula_forward_and_backward(shape, layout, num_groups):
+    generator = torch.Generator().manual_seed(0)
+    x = lay_out(torch.randn(shape, generator=generator) * 2 + 0.5, layout)
+    x.requires_grad_()
+    weight, bias = parameters(12, generator)
+    grad = torch.randn(shape, generator=generator)
+
+    y = group_norm(x, num_groups, weight, bias, eps=1e-5)
+    expected = formula(x, num_groups, weight, bias, 1e-5)
+
+    assert y.dtype == x.dtype
+    # A group of one element has variance 0: rstd is 316, and enlarges the rounding of x to as much.
+    one_element = x[0].numel() == num_groups
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-4 if one_element else 5e-6)
+    actual = gradients(y, (x, weight, bias), grad)
+    wanted = gradients(expected, (x, weight, bias), grad)
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, None])
+def test_low_precision_is_the_rounded_formula(layout, dtype, parameter_dtype):
+    generator = torch.Generator().manual_seed(0)
+    # A mean of 20 standard deviations: statistics rounded to bf16 would be off by 0.05.
+    values = (torch.randn(2, 16, 4, 9, 9, generator=generator) + 20).to(dtype)
+    x = lay_out(values, layout).requires_grad_()
+    weight = torch.ones(16, dtype=parameter_dtype or dtype).requires_grad_()
+    bias = torch.zeros(16, dtype=parameter_dtype or dtype).requires_grad_()
+    grad = torch.randn(x.shape, generator=generator).to(dtype)
+
+    y = group_norm(x, 4, weight, bias, 1e-5)
+    expected = formula(x, 4, weight, bias, 1e-5)
+
+    assert y.dtype == dtype
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=ulp, atol=1e-4)
+    grad_x, grad_weight, _ = gradients(y, (x, weight, bias), grad)
+    wanted_x, wanted_weight, _ = gradients(expected, (x, weight, bias), grad)
+    assert grad_x.dtype == dtype
+    torch.testing.assert_close(grad_x.double(), wanted_x.double(), rtol=ulp, atol=ulp * 0.02)
+    torch.testing.assert_close(
+        grad_weight.double(), wanted_weight.double(), rtol=max(ulp, 1e-4), atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels_last"])
+@pytest.mark.parametrize("dims", [4, 5])
+@pytest.mark.parametrize("mean_over_std", [10, 100, 1000])
+def test_large_mean_keeps_the_variance(layout, dims, mean_over_std):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 64, 16, 30, 30)[:2] + (16, 30, 30)[5 - dims :]
+    # Group means of alternating sign, so that one shift for the whole sample would not do.
+    sign = torch.tensor([1.0, -1.0]).repeat_interleave(2).repeat(16).view(1, 64, *(1,) * (dims - 2))
+    x = lay_out(torch.randn(shape, generator=generator) + mean_over_std * sign, layout)
+    x.requires_grad_()
+    weight, bias = parameters(64, generator)
+    grad = torch.randn(shape, generator=generator)
+
+    y = group_norm(x, 32, weight, bias, 1e-5)
+    expected = formula(x, 32, weight, bias, 1e-5)
+
+    # What fp32 input resolves: half an ulp of x is 6e-8 * mean / std.
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6 + 2e-7 * mean_over_std)
+    grad_x, grad_weight, grad_bias = gradients(y, (x, weight, bias), grad)
+    wanted_x, wanted_weight, wanted_bias = gradients(expected, (x, weight, bias), grad)
+    torch.testing.assert_close(grad_x, wanted_x, rtol=0, atol=2e-5 + 2e-7 * mean_over_std)
+    scale = wanted_weight.abs().max().item()
+    torch.testing.assert_close(
+        grad_weight, wanted_weight, rtol=0, atol=scale * (1e-5 + 5e-6 * mean_over_std)
+    )
+    torch.testing.assert_close(grad_bias, wanted_bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
+def test_constant_input_gives_the_bias(layout, value):
+    x = lay_out(torch.full((2, 8, 3, 5, 7), value), layout)
+    bias = torch.arange(8.0)
+    y = group_norm(x, 4, torch.full((8,), 2.0), bias, 1e-5)
+    expected = bias.view(1, -1, 1, 1, 1).expand_as(y)
+    # The mean of equal numbers may be off by an ulp, which rstd = 316 enlarges.
+    torch.testing.assert_close(y, expected, rtol=0, atol=abs(value) * 1.2e-7 * 640)
+
+
+@pytest.mark.parametrize("num_groups", [1, 4, 32, 64])
+@pytest.mark.parametrize("shape", [(2, 64, 9), (2, 64, 5, 7), (2, 64, 3, 5, 7)])
+def test_agrees_with_torch(num_groups, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours = GroupNorm(num_groups, 64)
+    torch.testing.assert_close(ours(x), F.group_norm(x, num_groups), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_and_instance_norm_are_the_extremes():
+    x = torch.randn(2, 12, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for layout in ("contiguous", "channels_last"):
+        x = lay_out(x, layout)
+        torch.testing.assert_close(
+            group_norm(x, 1), F.layer_norm(x, x.shape[1:]), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(group_norm(x, 12), F.instance_norm(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (2, 8, 3, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_the_memory_format(shape, dtype):
+    channels_last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    layer = GroupNorm(4, 8)
+    contiguous = torch.randn(shape).to(dtype).requires_grad_()
+    y = layer(contiguous)
+    assert y.is_contiguous()
+    assert torch.autograd.grad(y.square().sum(), contiguous)[0].is_contiguous()
+    last = contiguous.detach().contiguous(memory_format=channels_last).requires_grad_()
+    for device in ("cpu", "meta"):
+        y = layer.to(device)(last.to(device))
+        assert y.is_contiguous(memory_format=channels_last)
+        assert not y.is_contiguous()
+    layer = GroupNorm(4, 8)
+    grad = torch.autograd.grad(layer(last).square().sum(), last)[0]
+    assert grad.is_contiguous(memory_format=channels_last)
+    assert layer(last[..., 1:]).is_contiguous(memory_format=channels_last)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_sample_does_not_depend_on_its_batch_while_batch_norm_does(layout):
+    batch = lay_out(torch.randn(4, 8, 3, 5, 7, generator=torch.Generator().manual_seed(0)), layout)
+    layer = GroupNorm(4, 8)
+    together = layer(batch)
+    for i, sample in enumerate(batch.split(1)):
+        assert torch.equal(layer(lay_out(sample.clone(), layout)), together[i : i + 1])
+    batch_norm = nn.BatchNorm3d(8)
+    assert (batch_norm(batch[:1]) - batch_norm(batch)[:1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_group_and_sample(layout, poison):
+    x = torch.randn(3, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    clean = group_norm(lay_out(x, layout), 4)
+    x[1, 2, 0, 1, 1] = poison
+    y = group_norm(lay_out(x, layout), 4)
+    assert torch.isnan(y[1, 2:4]).any()
+    y[1, 2:4] = clean[1, 2:4]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        (s, la)
+        for s in [(2, 4, 3), (2, 4, 2, 3), (2, 4, 2, 3, 2)]
+        for la in ["contiguous", "channels_last", "sliced"]
+        if has_layout(s, la)
+    ],
+)
+def test_gradcheck(layout, shape):
+    x = lay_out(torch.randn(shape, dtype=torch.float64), layout).detach()
+    x.requires_grad_()
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: group_norm(a[0], 2, *a[1:]), (x, weight, bias))
+
+
+def test_second_derivative_of_contiguous_input_and_error_for_channels_last():
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: group_norm(t, 2), (x,))
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(group_norm(last, 2).pow(3).sum(), last, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.sum(), last)
+
+
+# opcheck itself reads the .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_custom_operator_is_registered_correctly():
+    for dtype, parameter_dtype in [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]:
+        x = torch.randn(2, 8, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last_3d)
+        weight = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
+        bias = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
+        torch.library.opcheck(
+            group_norm_channels_last,
+            (x.requires_grad_(), 4, weight, bias, 1e-5),
+            rtol=1e-2,
+            atol=1e-2,
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_autocast_changes_nothing(layout):
+    layer = GroupNorm(4, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = lay_out(torch.randn(2, 8, 3, 5, 7).to(dtype), layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_activation_checkpointing(layout):
+    layer = GroupNorm(4, 8)
+    x = lay_out(torch.randn(2, 8, 3, 5, 7), layout).requires_grad_()
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    recomputed = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 5, 7), (2, 8, 0, 5, 7)])
+def test_empty_input(shape):
+    layer = GroupNorm(4, 8)
+    x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    assert y.shape == shape
+    assert y.dtype == x.dtype
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    assert torch.equal(layer.weight.grad, torch.zeros(8))
+
+
+def test_state_dict_exchange_with_torch():
+    ours, torchs = GroupNorm(4, 8), nn.GroupNorm(4, 8)
+    nn.init.normal_(torchs.weight)
+    nn.init.normal_(torchs.bias)
+    ours.load_state_dict(torchs.state_dict())
+    x = torch.randn(2, 8, 3, 5, 7)
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-5, atol=1e-5)
+    torchs.load_state_dict(ours.state_dict())
+    assert list(GroupNorm(4, 8, affine=False).state_dict()) == []
+
+
+def test_copy_pickle_and_save():
+    layer = GroupNorm(4, 8, eps=1e-3)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 8, 3, 5, 7)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert torch.equal(other(x), layer(x))
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = GroupNorm(4, 8)
+        y = layer(torch.empty(2, 8, 3, 5, 7))
+    assert y.is_meta
+    assert y.shape == (2, 8, 3, 5, 7)
+
+
+def test_without_affine_parameters():
+    layer = GroupNorm(4, 8, affine=False)
+    assert list(layer.parameters()) == []
+    for layout in ("contiguous", "channels_last"):
+        x = lay_out(torch.randn(2, 8, 3, 5, 7), layout)
+        expected = formula(x, 4, torch.ones(8), torch.zeros(8), 1e-5)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=5e-6)
+
+
+def test_channels_per_group():
+    layer = GroupNorm.from_channels_per_group(16, 64)
+    assert layer.num_groups == 4
+    with pytest.raises(ValueError, match=r"num_channels=24.*channels_per_group=16.*divisors"):
+        GroupNorm.from_channels_per_group(16, 24)
+
+
+@pytest.mark.parametrize("num_groups", [0, -1, 5, 16])
+def test_indivisible_channels(num_groups):
+    with pytest.raises(ValueError, match=rf"num_channels=8.*num_groups={num_groups}.*divisors"):
+        GroupNorm(num_groups, 8)
+    with pytest.raises(ValueError, match="8 channels"):
+        group_norm(torch.randn(2, 8, 3), num_groups)
+
+
+def test_wrong_input():
+    with pytest.raises(ValueError, match=r"\(2, 6, 3\).*C = 8"):
+        GroupNorm(4, 8)(torch.randn(2, 6, 3))
+    with pytest.raises(ValueError, match=r"\(8,\)"):
+        GroupNorm(4, 8)(torch.randn(8))

@@ -1,0 +1,156 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from i3d_gn import build
+from i3d_gn.config import (
+    ConfigError,
+    config_from_dict,
+    config_hash,
+    differences,
+    load_config,
+    to_dict,
+    to_yaml,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ALL = sorted(REPOSITORY.glob("configs/**/*.yaml"))
+VIDEO = [path for path in ALL if path.parent.name != "imagenet"]
+TABLE_8 = sorted(REPOSITORY.glob("configs/kinetics400/*.yaml"))
+MINIMAL = """
+output_dir: out
+data: {train_index: a.parquet, val_index: b.parquet}
+train: {steps: 10, lr: 1e-4}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", VIDEO, ids=lambda path: path.stem)
+def test_every_shipped_config_builds_on_meta(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build.build_model(config)
+        clip = config.clip
+        shape = (1, 3, clip.num_frames, clip.crop_size, clip.crop_size)
+        assert model(torch.empty(shape)).shape == (1, config.model.num_classes)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_shipped_config_is_headed_by_source_command_and_expectation(path):
+    header = "\n".join(
+        itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    )
+    for word in ("command:", "expected:", "cost:"):
+        assert word in header
+    assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in header
+
+
+def test_the_six_table_8_configs_differ_only_where_the_table_does():
+    assert len(TABLE_8) == 6
+    configs = {path.stem: load_config(path) for path in TABLE_8}
+    in_table = {"model.norm", "clip.num_frames", "clip.stride", "train.clips_per_gpu"}
+    # What follows from clips per GPU on 8 GPUs by the linear scaling rule, and names of files.
+    follows = {
+        "train.global_batch_size", "train.steps", "train.milestones", "train.validate_every",
+        "model.weights", "output_dir",
+    }  # fmt: skip
+    for a, b in itertools.combinations(configs.values(), 2):
+        changed = {line.partition(":")[0] for line in differences(to_dict(a), b)}
+        assert changed <= in_table | follows
+    seen = {
+        (c.model.norm, c.clip.num_frames, c.clip.stride, c.train.clips_per_gpu)
+        for c in configs.values()
+    }
+    assert seen == {
+        (norm, *clip) for norm in ("bn", "gn") for clip in ((32, 2, 8), (32, 2, 4), (64, 1, 4))
+    }
+    for config in configs.values():
+        recipe = config.train
+        assert recipe.steps * recipe.global_batch_size == 400_000 * 64
+        assert recipe.global_batch_size == 8 * recipe.clips_per_gpu
+        assert [m / recipe.steps for m in recipe.milestones] == [150 / 400, 300 / 400]
+
+
+def test_numbers_in_scientific_notation_are_floats(tmp_path):
+    assert load_config(write(tmp_path, MINIMAL)).train.lr == 1e-4
+
+
+def test_overrides_win_and_the_resolved_config_reads_back(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ["train.lr=0.5", "train.milestones=[3,6]", "model.norm=bn"])
+    assert (config.train.lr, config.train.milestones, config.model.norm) == (0.5, (3, 6), "bn")
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+    assert config_from_dict(to_dict(config)) == config
+
+
+def test_hash_changes_with_what_changes_results_alone(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    base = config_hash(load_config(path))
+    assert base == config_hash(load_config(path, ["data.num_workers=7", "output_dir=elsewhere"]))
+    assert base != config_hash(load_config(path, ["seed=1"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            MINIMAL + "modle: {norm: gn}",
+            r"config.yaml:5: unknown key 'modle'; did you mean 'model'",
+        ),
+        (
+            MINIMAL + "model:\n  nrom: gn",
+            r"config.yaml:6: unknown key 'model.nrom'; did you mean 'model.norm'",
+        ),
+        (MINIMAL + "clip:\n  stride: two", r"config.yaml:6: clip.stride: .*'two'.* Integer"),
+        (MINIMAL + "model:\n  norm: gm", r"config.yaml:6: model.norm: .*'gm'.*'gn'"),
+        (MINIMAL + "lr: 0.1", r"unknown key 'lr'; did you mean 'train.lr'"),
+        ("output_dir: out\ntrain: {steps: 3}", r"no value for data.train_index, data.val_index"),
+        ("- a\n- b", r"expected `key: value`"),
+        ("a: [", r"not YAML"),
+        (MINIMAL + "clip: {crop_size: 300}", r"crop_size 300.*must not decrease"),
+        (MINIMAL + "model: {num_groups: 8, channels_per_group: 8}", r"not both"),
+        (MINIMAL + "clip: {num_frames: 0}", r"clip.num_frames is 0; it must be at least 1"),
+        (MINIMAL + "model: {dropout: 1.5}", r"model.dropout is 1.5; it must lie in \[0, 1\]"),
+    ],
+)
+def test_a_wrong_config_is_one_clear_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(ConfigError, match="global_batch_size 64 is not a multiple of .* 7"):
+        load_config(path, ["train.clips_per_gpu=7"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "expected key=value"),
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("train.lr=fast", "override: train.lr: .*Float"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such config"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_yaml_text_is_plain(tmp_path):
+    text = to_yaml(load_config(write(tmp_path, MINIMAL)))
+    assert yaml.safe_load(text)["train"]["steps"] == 10

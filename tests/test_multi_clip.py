@@ -1,0 +1,171 @@
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from i3d_gn.data.decode import decode_frames
+from i3d_gn.data.index import VideoIndex
+from i3d_gn.data.kinetics import TestVideos
+from i3d_gn.data.transforms import evaluation_crops, normalize_clips
+from i3d_gn.device_clips import DeviceClips
+from i3d_gn.distributed import World
+from i3d_gn.models import i3d_tiny
+from i3d_gn.multi_clip import evaluate_videos, read_parts, score_video
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+TO_DEVICE = DeviceClips(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
+WORLD = World(0, 1, torch.device("cpu"))
+WINDOW = (2, 2)  # of a 36 pixel crop's feature map
+
+
+@pytest.fixture
+def index(motion_set):
+    return VideoIndex.load(motion_set.val_index)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    network = i3d_tiny(num_classes=6)
+    torch.nn.init.normal_(network.head.linear.weight, std=0.5)  # scores that differ
+    return network.eval()
+
+
+def videos_of(index, spatial="full", num_clips=4):
+    return TestVideos(
+        index, num_clips=num_clips, num_frames=8, stride=2, spacing="nonlocal",
+        align_starts=False, short_side=64,
+        spatial=spatial, crop_size=48, backend="pyav",
+    )  # fmt: skip
+
+
+def brute_force(model, index, video, *, spatial, average, num_clips=4, window=WINDOW):
+    """Cut every clip by itself from the file, run it by itself, average by loops."""
+    length = int(index.num_frames[video])
+    plan, crops = evaluation_crops(
+        int(index.heights[video]),
+        int(index.widths[video]),
+        short_side=64,
+        mode=spatial,
+        crop_size=None if spatial == "full" else 48,
+    )
+    scores = []
+    for clip in range(num_clips):
+        start = length * clip // num_clips
+        indices = [(start + 2 * k) % length for k in range(8)]
+        frames = decode_frames(index.path_of(video), indices, plan=plan)
+        for top, left, height, width in crops:
+            clip_tensor = torch.from_numpy(frames[:, top : top + height, left : left + width])
+            normalised = normalize_clips(clip_tensor.permute(3, 0, 1, 2)[None], MEAN, STD)
+            features = {}
+            hook = model.res5.register_forward_hook(
+                lambda *a, features=features: features.update(map=a[2])
+            )
+            with torch.no_grad():
+                model(normalised)
+            hook.remove()
+            (fmap,) = features["map"]
+            for row in range(fmap.shape[2] - window[0] + 1):
+                for column in range(fmap.shape[3] - window[1] + 1):
+                    region = fmap[:, :, row : row + window[0], column : column + window[1]]
+                    logits = model.head.linear(region.mean(dim=(1, 2, 3)))
+                    scores.append(logits.softmax(0) if average == "softmax" else logits)
+    return torch.stack(scores).mean(0).detach()
+
+
+@pytest.mark.parametrize("average", ["softmax", "logits"])
+@pytest.mark.parametrize("spatial", ["full", "three_crop", "center"])
+def test_scores_equal_a_brute_force_loop_over_clips(model, index, spatial, average):
+    video = videos_of(index, spatial)[2]
+    assert len(video.frames) < 4 * 8  # clips do share frames
+    for clips_per_forward in (1, 3, 10):
+        ours = score_video(
+            model,
+            video,
+            to_device=TO_DEVICE,
+            window=WINDOW,
+            average=average,
+            clips_per_forward=clips_per_forward,
+        )
+        expected = brute_force(model, index, 2, spatial=spatial, average=average)
+        torch.testing.assert_close(ours.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def run(model, index, folder, tag="tag"):
+    return evaluate_videos(
+        model,
+        videos_of(index),
+        to_device=TO_DEVICE,
+        world=WORLD,
+        folder=folder,
+        tag=tag,
+        window=WINDOW,
+        average="softmax",
+        clips_per_forward=4,
+        num_workers=0,
+    )
+
+
+def test_scores_are_written_once_a_video_and_metrics_follow_from_them(model, index, tmp_path):
+    outcome = run(model, index, tmp_path)
+    assert outcome is not None
+    table = pq.read_table(tmp_path / "scores.parquet").to_pydict()
+    assert table["path"] == index.paths
+    scores = np.array(table["scores"])
+    np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)
+    expected = 100 * (scores.argmax(1) == np.array(table["label"])).mean()
+    assert outcome.metrics.top1 == pytest.approx(expected)
+    assert outcome.metrics.num_videos == len(index)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_stopped_test_goes_on_and_ends_the_same(model, index, tmp_path, monkeypatch):
+    run(model, index, tmp_path / "whole")
+    monkeypatch.setattr("i3d_gn.multi_clip.VIDEOS_PER_PART", 2)
+    scored = []
+
+    def stops_after_five(network, video, **options):
+        scored.append(video.video)
+        if len(scored) == 5:
+            raise KeyboardInterrupt
+        return score_video(network, video, **options)
+
+    monkeypatch.setattr("i3d_gn.multi_clip.score_video", stops_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, index, tmp_path / "stopped")
+    assert [s.video for s in read_parts(tmp_path / "stopped" / "parts" / "tag")] == [0, 1, 2, 3]
+    run(model, index, tmp_path / "stopped")
+    assert scored == [0, 1, 2, 3, 4, 4, 5]
+    tables = [pq.read_table(tmp_path / d / "scores.parquet") for d in ("whole", "stopped")]
+    assert tables[0].equals(tables[1])
+
+
+def test_scores_of_other_weights_are_not_taken_over(model, index, tmp_path, monkeypatch):
+    parts = tmp_path / "parts" / "other"
+    parts.mkdir(parents=True)
+    calls = []
+    monkeypatch.setattr(
+        "i3d_gn.multi_clip.score_video",
+        lambda _model, video, **_: calls.append(video.video) or torch.ones(6),
+    )
+    run(model, index, tmp_path, tag="ours")
+    assert calls == list(range(len(index)))
+
+
+def test_a_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monkeypatch):
+    whole = TestVideos.__getitem__
+
+    def breaks_one(self, video):
+        item = whole(self, video)
+        return item._replace(broken="no frames") if video == 3 else item
+
+    monkeypatch.setattr(TestVideos, "__getitem__", breaks_one)
+    outcome = run(model, index, tmp_path)
+    assert outcome is not None
+    assert outcome.skipped == {index.paths[3]: "no frames"}
+    assert outcome.metrics.num_videos == len(index) - 1
+    monkeypatch.setattr(
+        TestVideos, "__getitem__", lambda s, v: whole(s, v)._replace(broken="no frames")
+    )
+    with pytest.raises(ValueError, match="none of 6 videos could be decoded: no frames"):
+        run(model, index, tmp_path / "all")

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from i3d_gn import cli
+from i3d_gn.config import to_dict, to_yaml
+from i3d_gn.imagenet_config import load_imagenet_config
+from i3d_gn.table import read_image_run
+from i3d_gn.train_imagenet import build_image_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "imagenette_tiny")
+
+
+def write_run(folder, config, errors, *overrides):
+    folder.mkdir()
+    loaded = load_imagenet_config(CONFIGS / f"{config}.yaml", (f"output_dir={folder}", *overrides))
+    (folder / "config.yaml").write_text(to_yaml(loaded))
+    lines = []
+    for epoch, error in enumerate(errors, 1):
+        for half in (1, 2):
+            lines.append({"kind": "train", "step": 2 * epoch - 2 + half, "clips": 10 * half,
+                          "top1": 30.0 * half})  # fmt: skip
+        lines.append({"kind": "val", "step": 2 * epoch, "epoch": epoch, "error": error})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def rows(text, heading):
+    lines = text.split(heading)[1].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_runs_find_their_cells(tmp_path, capsys):
+    def run(name, config, errors, *overrides):
+        overrides = ("train.epochs=8", "train.milestones=[3]", *overrides)
+        return str(write_run(tmp_path / name, config, errors, *overrides))
+
+    flat = [90, 80, 70]
+    runs = [
+        run("a", "bn_32", [*flat, 31, 35, 33, 32, 34]),
+        run("b", "bn_32", [*flat, 35, 35, 35, 35, 35], "seed=1"),
+        run("c", "gn_2", [*flat, 24, 24, 24, 24, 24]),
+        run("d", "gn_32_groups4", [*flat, 26, 26, 26, 26, 26]),
+        run("e", "in_32", [*flat, 28, 28, 28, 28, 28]),
+        run("unfinished", "gn_32", flat),
+        run("other", "resnet101_gn_32", [*flat, 1, 1, 1, 1, 1]),
+    ]
+    figure = tmp_path / "curves.png"
+    assert cli.main(["table", "imagenet", *runs, "--curves", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    assert "of resnet50, median of the last epochs (5)" in printed
+    header, _, paper, ours = rows(printed, "Table 1")
+    assert header == ["", "BN", "LN", "IN", "GN"]
+    assert paper == ["paper", "23.6", "25.3", "28.4", "24.1"]
+    assert ours == ["ours", "34.0 (2)", "not run", "28.0", "not run"]
+    table2 = rows(printed, "Table 2")
+    assert table2[2] == ["BN, paper", "23.6", "23.7", "24.8", "27.3", "34.7"]
+    assert table2[5] == ["GN, ours", "not run", "not run", "not run", "not run", "24.0"]
+    groups = dict(zip(*rows(printed, "Table 3: number")[::3], strict=True))
+    assert groups["4"] == "26.0"
+    assert groups["32"] == "not run"
+    channels = dict(zip(*rows(printed, "Table 3: channels")[::3], strict=True))
+    assert channels["1"] == "28.0"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_training_error_of_an_epoch_is_over_its_images(tmp_path):
+    run = read_image_run(write_run(tmp_path / "a", "bn_32", [50.0, 40.0]))
+    assert run.train_errors == pytest.approx([50.0, 50.0])  # (10 x 30 + 20 x 60) / 30
+    assert run.median_error is None
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert cli.main(["table", "imagenet", str(tmp_path)]) == 2
+    assert "no config.yaml in it" in capsys.readouterr().err
+
+
+def test_configs_of_a_network_differ_by_what_their_names_say():
+    base = {
+        net: to_dict(load_imagenet_config(CONFIGS / f"{name}.yaml"))
+        for net, name in (
+            ("resnet50", "gn_32"), ("resnet101", "resnet101_gn_32"), ("vgg16", "vgg16_gn")
+        )
+    }  # fmt: skip
+    assert len(NAMES) == 31
+    for name in NAMES:
+        values = to_dict(load_imagenet_config(CONFIGS / f"{name}.yaml"))
+        reference = base[values["model"]["name"]]
+        assert values["output_dir"] == f"runs/imagenet/{name}"
+        changed = {
+            f"{section}.{key}"
+            for section in ("model", "data", "train")
+            for key, value in values[section].items()
+            if value != reference[section][key]
+        }
+        norm, *rest = name.removeprefix("resnet101_").removeprefix("vgg16_").split("_")
+        assert values["model"]["norm"] == norm
+        if rest:
+            assert values["train"]["images_per_gpu"] == int(rest[0])
+        allowed = {"model.norm", "train.images_per_gpu", "model.num_groups",
+                   "model.channels_per_group", "model.r_max", "model.d_max"}  # fmt: skip
+        assert changed <= allowed
+        for key in ("groups", "channels"):
+            if rest[1:] and rest[1].startswith(key):
+                option = {"groups": "num_groups", "channels": "channels_per_group"}[key]
+                assert values["model"][option] == int(rest[1].removeprefix(key))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "imagenette_tiny"])
+def test_every_config_builds_on_meta(name):
+    config = load_imagenet_config(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        model = build_image_model(config)
+        side = config.data.crop_size
+        images = torch.empty(2 * config.train.images_per_gpu, 3, side, side)
+    assert model(images).shape == (len(images), config.model.num_classes)

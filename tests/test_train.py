@@ -1,0 +1,247 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from i3d_gn.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from i3d_gn.config import ConfigError, to_yaml
+from i3d_gn.data import kinetics
+from i3d_gn.data.decode import VideoDecodeError, decode_frames
+from i3d_gn.distributed import World
+from i3d_gn.run_log import read_log
+from i3d_gn.train import train
+from i3d_gn.training import NonFiniteLossError, Trainer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def assert_same_outcome(folder_a, folder_b):
+    """Bit-equal parameters, optimiser state and log (but for what the clock decides)."""
+    a, b = (load_checkpoint(latest_checkpoint(f / "checkpoints")) for f in (folder_a, folder_b))
+    assert a["step"] == b["step"]
+    assert a["model"].keys() == b["model"].keys()
+    for key, value in a["model"].items():
+        assert torch.equal(value, b["model"][key]), key
+    momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    assert timeless_log(folder_a) == timeless_log(folder_b)
+
+
+def timeless_log(folder):
+    return [
+        {key: value for key, value in line.items() if key != "timing"}
+        for line in read_log(folder / "log.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+def test_a_run_stopped_anywhere_resumes_bit_for_bit(small_run, tmp_path, monkeypatch, norm):
+    options = [f"model.norm={norm}", "train.log_every=3"]  # checkpoints fall between log lines
+    train(small_run(*options, output_dir=tmp_path / "whole"), WORLD)
+    step = Trainer.step
+    stop_before = random.choice([1, 2, 3, 4, 5])
+    print("stops before step", stop_before)
+
+    def stops(self, number, batches):
+        if number == stop_before:
+            raise KeyboardInterrupt
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(*options, output_dir=tmp_path / "stopped"), WORLD)
+    monkeypatch.undo()
+    # The same run goes on with another number of workers.
+    options.append("data.num_workers=2")
+    train(small_run(*options, output_dir=tmp_path / "stopped"), WORLD)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_for_bit(small_run, tmp_path):
+    config = small_run("train.steps=30", "train.validate_every=10", "data.num_workers=1")
+    path = tmp_path / "killed.yaml"
+    path.write_text(to_yaml(config))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "i3d_gn.train", str(path)]
+    whole = tmp_path / "whole"
+    subprocess.run([*command, f"output_dir={whole}"], check=True, env=one_thread())
+    process = subprocess.Popen(
+        [*command, f"output_dir={run}"], env=one_thread(), start_new_session=True
+    )
+    while latest_checkpoint(run / "checkpoints") is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(
+        [*command, f"output_dir={run}", "data.num_workers=0"], check=True, env=one_thread()
+    )
+    assert_same_outcome(whole, run)
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_same_experiment_as_one(small_run, tmp_path):
+    config = small_run("train.log_every=1", output_dir=tmp_path / "one")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    train(config, WORLD)
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "-m", "i3d_gn.train", str(path), f"output_dir={tmp_path / 'two'}",
+        ],
+        check=True,
+        env=one_thread(),
+    )  # fmt: skip
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [line["kind"] for line in logs[0]] == [line["kind"] for line in logs[1]]
+    for one, two in zip(*logs, strict=True):
+        assert one["clips"] == two["clips"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    states = [
+        load_checkpoint(latest_checkpoint(tmp_path / name / "checkpoints"))["model"]
+        for name in ("one", "two")
+    ]
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_writes_config_log_and_checkpoints(small_run, tmp_path):
+    config = small_run("train.validate_multi_clip=true", "train.keep_checkpoints=2")
+    train(config, WORLD)
+    run = tmp_path / "run"
+    assert (run / "config.yaml").read_text() == to_yaml(config)
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [
+        "step_00000004.pt",
+        "step_00000006.pt",
+    ]
+    log = read_log(run / "log.jsonl")
+    kinds = [(line["kind"], line["step"]) for line in log]
+    assert kinds == [
+        ("train", 2), ("val", 3), ("test", 3), ("train", 4), ("train", 6), ("val", 6), ("test", 6)
+    ]  # fmt: skip
+    assert [line["lr"] for line in log if line["kind"] == "train"] == pytest.approx(
+        [0.05, 0.05, 0.005]
+    )
+    assert all(line["clips"] == 8 for line in log if line["kind"] == "train")
+    assert all(line["clips"] == 6 for line in log if line["kind"] == "val")
+    assert list((run / "tensorboard").iterdir())
+    saved = load_checkpoint(run / "checkpoints" / "step_00000006.pt")
+    assert saved["input"]["mean"] == [0.485, 0.456, 0.406]  # of no weights: ImageNet's
+    # Started again, a finished run has nothing to do.
+    before = (run / "log.jsonl").read_text()
+    train(config, WORLD)
+    assert (run / "log.jsonl").read_text() == before
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(small_run, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def diverges(self, number, batches):
+        if number == 3:
+            with torch.no_grad():
+                self.model.head.linear.bias.fill_(float("nan"))
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", diverges)
+    with pytest.raises(
+        NonFiniteLossError, match=r"not finite at step 4; .*last good checkpoint is .*step_00000002"
+    ):
+        train(small_run(), WORLD)
+    saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
+    assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
+
+
+def test_another_config_does_not_continue_a_run(small_run, tmp_path):
+    train(small_run("train.steps=2"), WORLD)
+    with pytest.raises(ConfigError, match=r"another config \(seed: 0 -> 1\); choose another"):
+        train(small_run("train.steps=2", "seed=1"), WORLD)
+
+
+def test_broken_videos_are_counted_and_stop_training_at_the_budget(
+    small_run, tmp_path, monkeypatch, caplog
+):
+    def breaks(path, indices, **options):
+        if "move_up" in path.name:
+            raise VideoDecodeError(path, "damaged")
+        return decode_frames(path, indices, **options)
+
+    monkeypatch.setattr(kinetics, "decode_frames", breaks)
+    train(small_run(), WORLD)  # 24 clips of 12 videos, each twice; two of the videos are broken
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "train"]
+    assert sum(line["broken"] for line in lines) == 4
+    assert sum(line["clips"] for line in lines) == 20
+    assert "damaged" in caplog.text
+    assert "move_up_000.mp4" in caplog.text
+    with pytest.raises(ValueError, match=r"[234] clips could not be decoded, more than .* 1;"):
+        train(small_run("data.max_broken_clips=1", output_dir=tmp_path / "budget"), WORLD)
+
+
+def test_activation_checkpointing_trains_the_same(small_run, tmp_path):
+    options = ["train.steps=2", "model.norm=bn"]
+    train(small_run(*options, output_dir=tmp_path / "plain"), WORLD)
+    train(
+        small_run(
+            *options, "model.checkpoint_stages=[res2,res3]", output_dir=tmp_path / "recomputed"
+        ),
+        WORLD,
+    )
+    logs = [timeless_log(tmp_path / name) for name in ("plain", "recomputed")]
+    assert logs[0] == logs[1]
+
+
+def one_thread():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_log_lines_are_json(small_run, tmp_path):
+    train(small_run("train.steps=2"), WORLD)
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        assert {"kind", "step", "loss", "top1", "top5"} <= json.loads(line).keys()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_behind(small_run, tmp_path):
+    config = small_run("train.steps=100000", "train.validate_every=100000", "data.num_workers=2")
+    path = tmp_path / "long.yaml"
+    path.write_text(to_yaml(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "i3d_gn.train", str(path)],
+        env=one_thread(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while latest_checkpoint(tmp_path / "run" / "checkpoints") is None:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.gpu
+def test_a_compiled_network_trains_the_same_on_a_gpu(small_run, tmp_path):
+    gpu = World(0, 1, torch.device("cuda"))
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        train(
+            small_run("train.steps=2", f"train.compile={compiled}", output_dir=tmp_path / name),
+            gpu,
+        )
+    eager, compiled = (read_log(tmp_path / name / "log.jsonl") for name in ("eager", "compiled"))
+    for one, other in zip(eager, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "compiled" / "checkpoints"))
+    assert "conv1.weight" in checkpoint["model"]  # names are the plain network's

@@ -1,0 +1,218 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i3d_gn import cli
+from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.config import ConfigError, to_yaml
+from i3d_gn.distributed import World
+from i3d_gn.imagenet_config import load_imagenet_config
+from i3d_gn.models import i3d_tiny
+from i3d_gn.models.pretrained import load_pretrained
+from i3d_gn.models.resnet2d import resnet_tiny
+from i3d_gn.norm import SplitBatchNorm
+from i3d_gn.run_log import read_log
+from i3d_gn.train_imagenet import build_image_model, train_imagenet
+from i3d_gn.training import Trainer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, reddish and bluish noise: 18 images to train on, 8 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 9), ("val", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 160, (44, 40, 3))
+                pixels[..., channel] += 90
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def small(folder, tmp_path):
+    """Makes the config of a run of seconds; arguments are overrides."""
+
+    def make(*overrides, output_dir=tmp_path / "run"):
+        path = tmp_path / "small.yaml"
+        path.write_text(f"""
+output_dir: {output_dir}
+model: {{name: resnet_tiny, num_classes: 2, norm: bn}}
+data: {{train_folder: {folder}/train, val_folder: {folder}/val, num_workers: 0, crop_size: 32,
+        val_short_side: 36}}
+train: {{epochs: 3, images_per_gpu: 2, num_gpus: 4, lr: 1.0, lr_batch_size: 256, milestones: [2],
+         log_every: 1}}
+""")
+        return load_imagenet_config(path, overrides)
+
+    return make
+
+
+def timeless_log(run):
+    return [
+        {key: value for key, value in line.items() if key != "timing"}
+        for line in read_log(run / "log.jsonl")
+    ]
+
+
+def final(run):
+    return load_checkpoint(latest_checkpoint(run / "checkpoints"))
+
+
+def test_a_run_learns_and_says_so(small, tmp_path, capsys):
+    config = small("train.epochs=8", "train.milestones=[6]")
+    train_imagenet(config, WORLD)
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    train_lines = [line for line in log if line["kind"] == "train"]
+    val_lines = [line for line in log if line["kind"] == "val"]
+    assert [line["epoch"] for line in val_lines] == list(range(1, 9))
+    assert [line["clips"] for line in val_lines] == [8] * 8
+    # 18 images are 2 batches of 8; the lr of 256 images for 8 is a 32nd, a tenth after 6 epochs.
+    assert [line["lr"] for line in train_lines] == pytest.approx([1 / 32] * 12 + [1 / 320] * 4)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["median_error"] == np.median([line["error"] for line in val_lines[-2:]])
+    assert results["median_error"] < 20
+    assert "median of the last 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "brn"])
+def test_a_stopped_run_resumes_bit_for_bit(small, tmp_path, monkeypatch, norm):
+    options = [f"model.norm={norm}"]
+    train_imagenet(small(*options, output_dir=tmp_path / "whole"), WORLD)
+    step = Trainer.step
+
+    def stops(self, number, batches):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_imagenet(small(*options, output_dir=tmp_path / "cut"), WORLD)
+    monkeypatch.undo()
+    train_imagenet(small(*options, "data.num_workers=2", output_dir=tmp_path / "cut"), WORLD)
+    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert whole["step"] == cut["step"] == 6
+    assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
+    assert timeless_log(tmp_path / "whole") == timeless_log(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_and_parts_is_the_same_experiment(small, tmp_path):
+    # Two values a channel in the last stage: rounding errors grow tenfold with every step.
+    short = ["train.epochs=1", "train.milestones=[]"]
+    config = small(*short, output_dir=tmp_path / "one")
+    train_imagenet(config, WORLD)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+            "-m", "i3d_gn.train_imagenet", str(path), f"output_dir={tmp_path / 'four'}",
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    losses = [
+        [
+            line["loss"]
+            for line in read_log(tmp_path / name / "log.jsonl")
+            if line["kind"] == "train"
+        ]
+        for name in ("one", "four")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, four = final(tmp_path / "one")["model"], final(tmp_path / "four")["model"]
+    for key, value in one.items():
+        torch.testing.assert_close(four[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    # Statistics over all eight images at once are another experiment.
+    train_imagenet(
+        small(*short, "train.images_per_gpu=8", "train.num_gpus=1", output_dir=tmp_path / "whole"),
+        WORLD,
+    )
+    whole = final(tmp_path / "whole")["model"]
+    assert (whole["norm1.running_var"] - one["norm1.running_var"]).abs().max() > 1e-3
+
+
+def test_its_checkpoint_starts_a_video_network(small, tmp_path):
+    train_imagenet(small("model.norm=gn", "train.epochs=1", "train.milestones=[]"), WORLD)
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    video = i3d_tiny("gn", 5)
+    report, info = load_pretrained(video, checkpoint)
+    assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    assert (info.norm, info.num_groups, info.mean) == ("gn", 8, (0.485, 0.456, 0.406))
+    kernel = final(tmp_path / "run")["model"]["res3.0.conv1.weight"]
+    torch.testing.assert_close(video.res3[0].conv1.weight.sum(2), kernel)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], {"SplitBatchNorm": 17}),
+        (["model.norm=gn"], {"GroupNorm": 17}),
+        (["model.norm=brn", "model.r_max=1.5", "model.d_max=0.5"], {"BatchRenorm": 17}),
+        (["model.norm=none", "model.kernel_norm=weight_norm"], {"_WeightNorm": 17}),
+        (
+            ["model.norm=gn", "model.kernel_norm=weight_standardization"],
+            {"GroupNorm": 17, "WeightStandardization": 17},
+        ),
+    ],
+)
+def test_norms_by_name(small, options, wanted):
+    model = build_image_model(small(*options))
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert {kind: kinds.count(kind) for kind in wanted} == wanted
+    images = torch.randn(4, 3, 32, 32)
+    assert model(images).shape == (4, 2)
+
+
+def test_what_batch_norm_sees(small):
+    model = build_image_model(small())
+    layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm)]
+    assert {layer.stats_batch_size for layer in layers} == {2}
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        p.numel() for p in resnet_tiny("bn", 2).parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.images_per_forward=3", r"images_per_forward is 3.*multiple.*images_per_gpu 2"),
+        ("train.epoch=3", r"unknown key 'train\.epoch'; did you mean 'train\.epochs'"),
+        ("data.area_min=0", "area_min is 0"),
+        ("data.val_short_side=20", "smaller than data.crop_size"),
+        ("model.norm=sync_bn", "norm"),
+        ("train.milestones=[3,2]", "must increase"),
+    ],
+)
+def test_mistakes_in_the_config(small, override, line):
+    with pytest.raises(ConfigError, match=line):
+        small(override)
+
+
+def test_mistakes_in_the_data(small):
+    with pytest.raises(ValueError, match=r"has 2 classes, model\.num_classes is 10"):
+        train_imagenet(small("model.num_classes=10"), WORLD)
+    with pytest.raises(ValueError, match="18 images do not fill a batch of 128"):
+        train_imagenet(small("train.images_per_gpu=32"), WORLD)
+    with pytest.raises(ValueError, match=r"3 processes cannot share.*num_gpus=4"):
+        train_imagenet(small(), World(0, 3, torch.device("cpu")))
+
+
+def test_command_line(small, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(small()))
+    assert cli.main(["train-imagenet", str(path), "--print-config", "train.lr=0.5"]) == 0
+    path.write_text(capsys.readouterr().out)
+    assert load_imagenet_config(path).train.lr == 0.5
