@@ -12,7 +12,9 @@ and go on with another number of workers.
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -141,7 +143,7 @@ def _loader(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_parent if num_workers else None,
+        worker_init_fn=_leave_stopping_to_the_parent if num_workers else None,
     )
 
 
@@ -150,6 +152,19 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process; the parent alone should answer and shut the workers down."""
+def _leave_stopping_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process; the parent alone should answer and shut the workers down.
+
+    A parent that is interrupted while it takes a tensor over drops its connection to the worker,
+    whose `multiprocessing.resource_sharer` then reports a traceback through `sys.excepthook`
+    (the one use that a worker has for it). There is nothing to report: nobody waits any more.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_all_but_a_parent_that_left
+
+
+def _report_all_but_a_parent_that_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)

@@ -1,4 +1,10 @@
 import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ from i3d_gn.data.kinetics import RandomClips, Stream
 from i3d_gn.data.loader import (
     EachVideoOnce,
     ShuffledMicroBatches,
+    _leave_stopping_to_the_parent,
     clip_loader,
     micro_batches_per_process,
 )
@@ -93,3 +100,30 @@ def test_workers_bring_what_this_process_would(motion_set, start_method):
         assert torch.equal(batch.clips, reference.clips)
         assert torch.equal(batch.labels, reference.labels)
         assert batch.broken == reference.broken
+
+
+def _worker_whose_parent_hangs_up(stderr_path, error):
+    """A worker passes a tensor on; the taker connects and leaves, or the worker itself errs."""
+    with open(stderr_path, "w") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    _leave_stopping_to_the_parent(0)
+    os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: to all processes of the group
+    if error is not None:
+        sys.excepthook(type(error), error, None)
+    address, _ = resource_sharer._resource_sharer.register(lambda *_: None, lambda: None)
+    with socket.socket(socket.AF_UNIX) as taker:
+        taker.connect(address)
+    resource_sharer.stop(timeout=30)  # the serving thread has answered all that came before
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="workers share memory another way")
+@pytest.mark.parametrize("error", [None, ValueError("something else")])
+def test_a_worker_is_silent_about_a_parent_that_left_and_about_nothing_else(tmp_path, error):
+    process = multiprocessing.get_context("spawn").Process(
+        target=_worker_whose_parent_hangs_up, args=(tmp_path / "stderr", error)
+    )
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    assert (tmp_path / "stderr").read_text() == (f"ValueError: {error}\n" if error else "")
