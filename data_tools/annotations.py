@@ -126,17 +126,22 @@ def _read_json(source: Path, *, split: str | None) -> Annotations:
         database = document["database"]
         videos, splits = [], []
         for key, entry in database.items():
+            label = (entry.get("annotations") or {}).get("label")
+            if not isinstance(label, int | str | None) or not isinstance(entry["subset"], str):
+                raise TypeError(f"{key} has the label {label!r} and the subset {entry['subset']!r}")
             videos.append(
                 ListedVideo(
                     name=key,
                     video_id=split_segment_name(key),
-                    label=(entry.get("annotations") or {}).get("label"),
+                    label=label,
                     where=f"{source.name}: {key}",
                     is_path=False,
                 )
             )
             splits.append(entry["subset"])
         further_names = tuple(document.get("labels", ()))
+        if not all(isinstance(name, str) for name in further_names):
+            raise TypeError(f"labels must be names, not {further_names!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{source} is not in the JSON form of 3D-ResNets-PyTorch "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -114,21 +117,37 @@ def positive_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """Parse an option that measures something."""
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{value:g} is not a number above 0")
     return value
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """Run it; the exit status. A ``ValueError`` is the user's to solve and printed as one line."""
+    """Run it; the exit status.
+
+    A ``ValueError`` is the user's to solve, an ``OSError`` the machine's (a full disk, a folder
+    that cannot be written to): both are printed as one line.
+    """
     try:
         return command()
     except ValueError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{name}: error: {error}; once that is mended, run it again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; run it again to continue from here", file=sys.stderr)
         return 130
+
+
+def run_script(file: str) -> NoReturn:
+    """Run the command that the script ``file`` of this folder is, and exit.
+
+    It is imported under its own name, since functions of ``__main__`` could not be imported by the
+    machines of a cluster.
+    """
+    sys.exit(importlib.import_module(f"data_tools.{Path(file).stem}").main())
 
 
 def with_progress(items: Iterable[T], *, total: int, done: int, description: str) -> Iterator[T]:

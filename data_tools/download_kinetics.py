@@ -18,8 +18,9 @@ there. Exit status: 0 if all files are there, 1 if some are not, 2 for wrong arg
 
 from __future__ import annotations
 
-import sys
+import tempfile
 import urllib.parse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +31,7 @@ from data_tools.command_line import (
     positive_float,
     positive_int,
     run_command,
+    run_script,
     take_execution,
 )
 from data_tools.files import write_json
@@ -101,14 +103,18 @@ def download_kinetics(
     files = {f"annotations/{split}.csv": f"{base_url}/annotations/{split}.csv" for split in splits}
     if "train" in splits:
         files[f"replacement/{REPLACEMENTS}"] = f"{base_url}/{REPLACEMENTS}"
-    for split in splits:
-        name = f"{split}/k400_{split}_path.txt"
-        try:
-            fetch((f"{base_url}/{name}", name))
-        except ItemFailure as failure:
-            raise ValueError(f"{base_url}/{name}: {failure}; check --base-url") from failure
-        for url in archive_urls(output / name, base_url=base_url):
-            files[f"{split}/{PurePosixPath(urllib.parse.urlsplit(url).path).name}"] = url
+    # A dry run has to know the lists, but leaves nothing behind.
+    with tempfile.TemporaryDirectory() if execution.dry_run else nullcontext(output) as lists:
+        for split in splits:
+            path_list = Path(lists, split, f"k400_{split}_path.txt")
+            url = f"{base_url}/{split}/{path_list.name}"
+            try:
+                download(url, path_list, attempts=attempts, stall_seconds=stall_seconds)
+            except ItemFailure as failure:
+                raise ValueError(f"{url}: {failure}; check --base-url") from failure
+            for archive in archive_urls(path_list, base_url=base_url):
+                name = PurePosixPath(urllib.parse.urlsplit(archive).path).name
+                files[f"{split}/{name}"] = archive
     step = run_step(
         fetch,
         [Item(key=name, fingerprint=url, argument=(url, name)) for name, url in files.items()],
@@ -199,4 +205,4 @@ def _size_of(path: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -5,6 +5,7 @@ no_video_stream  a sound file of something else
 unreadable       no video file, or damaged so that nothing can be decoded
 truncated        frames are missing at the end, or from some damage on
 timestamps       frames without a time, or not later than the one before
+damaged          all frames are there, but parts of some are the decoder's guess
 memory           needs more than the limit
 """
 
@@ -41,8 +42,11 @@ class Examined:
 def examine(file: Path) -> Examined:
     """Decode all of ``file``.
 
-    Raises ``MemoryError`` where there is too little, which says nothing about the file.
+    Raises ``MemoryError`` where there is too little, and ``OSError`` where the file cannot be
+    opened: neither says anything about its content.
     """
+    with open(file, "rb"):
+        pass
     if file.stat().st_size == 0:
         return Examined(defect="no_frames", reason="the file has no bytes")
     try:
@@ -52,10 +56,15 @@ def examine(file: Path) -> Examined:
     digest = hashlib.blake2b(digest_size=16)
     num_frames, previous, timestamp_reason = 0, None, ""
     broken = ""
+    damaged: list[int] = []
     try:
         with open_video(file) as (_, stream):
             for index, frame in sequential_frames(file, stream):
+                digest.update(f"{frame.width}x{frame.height} {frame.format.name}".encode())
                 digest.update(_pixels(frame).data)
+                # Set by decoders that fill what they cannot decode from around it or before it.
+                if frame.is_corrupt:
+                    damaged.append(index)
                 if frame.pts is None:
                     timestamp_reason = timestamp_reason or f"frame {index} has no time"
                 elif previous is not None and frame.pts <= previous:
@@ -77,9 +86,15 @@ def examine(file: Path) -> Examined:
         "width": info.width,
         "height": info.height,
     }
+    defect, reason = "", ""
+    if timestamp_reason:
+        defect, reason = "timestamps", timestamp_reason
+    elif damaged:
+        defect = "damaged"
+        reason = f"{len(damaged)} of {num_frames} frames in part, the first is {damaged[0]}"
     return Examined(
-        defect="timestamps" if timestamp_reason else "",
-        reason=timestamp_reason,
+        defect=defect,
+        reason=reason,
         facts=facts,
         content=digest.hexdigest(),
     )
@@ -90,6 +105,10 @@ def _defect_of(file: Path, error: VideoDecodeError) -> Examined:
     if error.cause == "no video stream":
         return Examined(defect="no_video_stream", reason=error.cause)
     if has_no_frames(file):
+        with open_video(file) as (_, stream):
+            promised = stream.frames
+        if promised:
+            return Examined(defect="truncated", reason=f"none of {promised} frames is there")
         return Examined(defect="no_frames", reason="the video stream has no frames")
     return Examined(defect="unreadable", reason=decode_error_reason(error))
 

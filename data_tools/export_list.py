@@ -3,7 +3,8 @@
 FORMAT is
   list      `path label` lines with ids, of mmaction2, PySlowFast and video-nonlocal-net
   csv       path,label with a header and class names
-  json      that of 3D-ResNets-PyTorch: labels, and database -> id -> subset, annotations.label
+  json      that of 3D-ResNets-PyTorch: labels, and database -> id -> subset, annotations.label,
+            where the subsets are called training, validation and testing
   labels    class names, one a line in the order of the ids (a --label-map)
 `index` reads all of them, and gives the videos the same labels again. Paths are relative to the
 index's folder of videos, or absolute with --absolute. Videos without a label are -1, or left out of
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from pathlib import Path, PurePosixPath
 
-from data_tools.command_line import new_parser, run_command
+from data_tools.command_line import new_parser, run_command, run_script
 from data_tools.files import atomic_output, write_json
 from i3d_gn.data.index import VideoIndex
 
 FORMATS = ("list", "csv", "json", "labels")
+# As 3D-ResNets-PyTorch asks for them; any other name is written as it is.
+_SUBSETS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +60,9 @@ def export_list(index: Path, output: Path, *, format: str, absolute: bool, split
                 f"{index} has files of one name in several folders, which a json keyed by names "
                 "cannot hold; choose another format"
             )
+        subset = _SUBSETS.get(split, split)
         database = {
-            key: {"subset": split, "annotations": {"label": names[label]} if label >= 0 else {}}
+            key: {"subset": subset, "annotations": {"label": names[label]} if label >= 0 else {}}
             for key, label in zip(keys, labels, strict=True)
         }
         write_json(output, {"labels": list(names), "database": database})
@@ -81,4 +84,4 @@ def export_list(index: Path, output: Path, *, format: str, absolute: bool, split
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -19,7 +19,6 @@ import contextlib
 import gzip
 import os
 import shutil
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -32,9 +31,15 @@ from data_tools.command_line import (
     add_execution_options,
     new_parser,
     run_command,
+    run_script,
     take_execution,
 )
-from data_tools.files import atomic_output, find_videos, is_video_name, write_json
+from data_tools.files import (
+    atomic_output,
+    is_video_name,
+    remove_unfinished,
+    write_json,
+)
 from data_tools.ledger import file_fingerprint
 from data_tools.processes import ItemFailure
 from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
@@ -74,7 +79,7 @@ def extract_archives(archives: Path, output: Path, *, execution: Execution) -> i
     replacements = {
         split_segment_name(PurePosixPath(path).stem): path
         for name in replacing
-        for path in _below(output, PurePosixPath(name).parent)
+        for path in first.results.get(name, {"videos": ()})["videos"]
     }
     others = [name for name in names if not _is_replacement(name)]
     step = _extract_all(archives, output, others, replacements, execution)
@@ -107,6 +112,7 @@ def _extract_all(
         name="extract",
         ledger_path=output / ".extract.ledger.jsonl",
         execution=execution,
+        is_intact=lambda name, done: all((output / path).is_file() for path in done["videos"]),
         unit="archive",
     )
 
@@ -123,6 +129,7 @@ def _extract_item(
     num_videos, num_bytes = 0, 0
     replaced: list[str] = []
     refused: list[dict[str, str]] = []
+    written: set[str] = set()
     try:
         with _open_tar(archives / name) as tar:
             for member in tar:
@@ -130,7 +137,8 @@ def _extract_item(
                     continue
                 reason = _why_refused(member)
                 if reason is not None:
-                    refused.append({"member": member.name, "reason": reason})
+                    shown = member.name.encode(errors="backslashreplace").decode()
+                    refused.append({"member": shown, "reason": reason})
                     continue
                 path = PurePosixPath(os.path.normpath(member.name))
                 target = output / folder / path
@@ -140,6 +148,7 @@ def _extract_item(
                     replaced.append((folder / path).as_posix())
                 elif not _is_there(target, member):
                     _write(tar, member, target)
+                written.add(path.as_posix())
                 num_videos += 1
                 num_bytes += target.stat().st_size
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -147,7 +156,11 @@ def _extract_item(
             f"damaged after {num_videos} videos ({error or type(error).__name__}); delete it and "
             "download it again"
         ) from error
+    remove_unfinished(output / folder, written)
+    # Of others they are not kept, since they may be deleted once there are copies.
+    videos = sorted((folder / path).as_posix() for path in written) if _is_replacement(name) else []
     return {
+        "videos": videos,
         "num_videos": num_videos,
         "num_bytes": num_bytes,
         "replaced": replaced,
@@ -195,9 +208,13 @@ def _is_clutter(name: str) -> bool:
 def _why_refused(member: tarfile.TarInfo) -> str | None:
     if not member.isreg():
         return "a link" if member.islnk() or member.issym() else "no regular file"
+    if member.issparse():
+        return "a sparse file, which could fill the disk from a few bytes"
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         return "its path leads out of the folder"
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in member.name):
+        return "its name is not UTF-8"
     return None
 
 
@@ -242,12 +259,6 @@ def _find_archives(folder: Path) -> list[str]:
 
 def _is_replacement(name: str) -> bool:
     return PurePosixPath(name).name.startswith("replacement")
-
-
-def _below(output: Path, folder: PurePosixPath) -> list[str]:
-    if not (output / folder).is_dir():
-        return []
-    return [(folder / video).as_posix() for video in find_videos(output / folder)]
 
 
 def _report(
@@ -302,4 +313,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import re
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 VIDEO_EXTENSIONS = frozenset(
     [
@@ -28,6 +30,8 @@ VIDEO_EXTENSIONS = frozenset(
         ".wmv",
     ]
 )
+# What file systems answer that know no locks, such as Lustre where it is mounted without flock.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 # As made by atomic_output.
 _UNFINISHED = re.compile(r"\.(?P<output>.+)\.[^.]+\.part")
 
@@ -103,6 +107,21 @@ def write_json(path: Path, content: Any) -> None:
     """Write ``content`` for people and programs, all of it or nothing."""
     with atomic_output(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def lock(file: BinaryIO, *, wait: bool) -> bool:
+    """Take the exclusive lock of an open file, held until it is closed; whether that succeeded.
+
+    Without ``wait`` it fails where another holds it. A file system without locks counts as free.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def file_hash(path: Path) -> str:

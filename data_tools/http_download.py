@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import json
@@ -25,7 +24,7 @@ from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.files import write_json
+from data_tools.files import lock, write_json
 from data_tools.processes import ItemFailure
 
 _BLOCK_BYTES = 2**18
@@ -129,6 +128,7 @@ def _fetch_rest(
         length = _integer(headers.get("Content-Length"))
         if response.status == 206:
             total = _continued_from(headers, have - 1)
+            _check_version(path, part, headers)
             part.seek(have - 1)
             length = None if length is None else have - 1 + length
             if total is not None and total < have:
@@ -248,6 +248,16 @@ def _read_version(path: Path) -> str:
         return ""
 
 
+def _check_version(path: Path, part: BinaryIO, headers: http.client.HTTPMessage) -> None:
+    """Start anew if the rest is of another version: not every server heeds If-Range."""
+    known, now = _read_version(path), _version(headers)
+    if not known:
+        write_json(_version_path(path), now)
+    elif now and now != known and now.startswith('"') == known.startswith('"'):
+        part.truncate(0)
+        raise _Broken("the file has changed on the server")
+
+
 def _part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.download")
 
@@ -265,7 +275,7 @@ def _locked_part(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, part_path)
         with open(os.open(part_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as part:
-            fcntl.flock(part, fcntl.LOCK_EX)
+            lock(part, wait=True)
             # Whoever held the lock may have renamed the file to its final name.
             try:
                 is_ours = os.path.samestat(os.fstat(part.fileno()), os.stat(part_path))

@@ -50,8 +50,13 @@ class IndexReport:
         return [video for video in self.rejected if video.verdict == verdict]
 
     def thinned_classes(self) -> list[tuple[str, int, int]]:
-        """(name, listed, indexed) of classes that lost much or have nothing, the worst first."""
+        """(name, listed, indexed) of classes that lost much or have nothing, the worst first.
+
+        None where no video has a label, as in the test list.
+        """
         thinned = []
+        if not any(self.num_listed_by_label[i] for i in range(len(self.class_names))):
+            return thinned
         for label, name in enumerate(self.class_names):
             listed, indexed = self.num_listed_by_label[label], self.num_indexed_by_label[label]
             if indexed < (1 - THINNED_FRACTION) * listed or indexed == 0:

@@ -21,7 +21,6 @@ Exit status: 0, or 1 if no video is usable, 2 for wrong arguments or a malformed
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from data_tools.command_line import (
     add_execution_options,
     new_parser,
     run_command,
+    run_script,
     take_execution,
 )
 from data_tools.files import write_json
@@ -229,4 +229,4 @@ def _probe_item(root: Path, path: str, *, decode: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from data_tools.files import lock
 
 _SHARD_SUFFIX = re.compile(r"\.\d+-of-\d+")
 
@@ -23,21 +28,29 @@ class Ledger:
     Each shard of a step (``shard`` = "2-of-8") appends to a file of its own, ``path`` with that as
     a suffix, and every run reads all of them: machines that share a folder never write one file,
     and what any of them did counts for all. Of several lines for a key the latest wins.
+
+    To record it must be entered (``with``), which waits until no other run has the same file, so
+    that of two runs at once the second finds done what the first did. Reading alone writes nothing.
     """
 
     def __init__(self, path: Path, *, shard: str | None = None) -> None:
+        self._common_path = path
         self._path = path if shard is None else path.with_name(f"{path.name}.{shard}")
-        self._entries: dict[str, tuple[Any, Any, float]] = {}
         self._file: BinaryIO | None = None
-        for ledger in _siblings(path):
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[Any, Any, float]]:
+        entries: dict[str, tuple[Any, Any, float]] = {}
+        for ledger in _siblings(self._common_path):
             for line in _complete_lines(ledger):
                 try:
                     key, fingerprint, result, seconds = json.loads(line)
                 except ValueError:  # A disk that was full or lost power can leave such a line.
                     continue
-                known = self._entries.get(key)
+                known = entries.get(key)
                 if known is None or known[2] <= seconds:
-                    self._entries[key] = fingerprint, result, seconds
+                    entries[key] = fingerprint, result, seconds
+        return entries
 
     def get(self, key: str, fingerprint: Any) -> Any | None:
         """The result recorded for ``key``, or None if there is none with this fingerprint."""
@@ -54,25 +67,29 @@ class Ledger:
         assert result is not None
         # A fingerprint read back must equal one just made, hence the round trip (tuple -> list).
         line = json.dumps([key, fingerprint, result, time.time()], ensure_ascii=False)
-        file = self._open()
-        file.write(line.encode(errors="surrogateescape") + b"\n")
-        file.flush()
+        assert self._file is not None, "to record, enter the ledger"
+        self._file.write(line.encode(errors="surrogateescape") + b"\n")
+        self._file.flush()
         _, *entry = json.loads(line)
         self._entries[key] = tuple(entry)
 
-    def _open(self) -> BinaryIO:
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")  # noqa: SIM115 (closed by __exit__)
-            self._file.truncate(sum(map(len, _complete_lines(self._path))))
-        return self._file
-
     def __enter__(self) -> Ledger:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            file = stack.enter_context(open(self._path, "ab"))
+            if not lock(file, wait=False):
+                print(
+                    f"waiting for the end of another run, which has {self._path}", file=sys.stderr
+                )
+                lock(file, wait=True)
+            file.truncate(sum(map(len, _complete_lines(self._path))))
+            stack.pop_all()
+        self._file = file
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        assert self._file is not None
+        self._file.close()
 
 
 def _siblings(path: Path) -> list[Path]:

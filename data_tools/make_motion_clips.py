@@ -12,7 +12,6 @@ by --seed. Clips already there are kept; run the same command again to continue 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
@@ -28,6 +27,7 @@ from data_tools.command_line import (
     new_parser,
     positive_int,
     run_command,
+    run_script,
     with_progress,
 )
 from data_tools.files import atomic_output, remove_unfinished
@@ -232,4 +232,4 @@ def _sample(texture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -15,8 +15,8 @@ Exit status: 0, or 1 if a shard failed, 2 for wrong arguments.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-import sys
 import tarfile
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,7 @@ from data_tools.command_line import (
     new_parser,
     positive_float,
     run_command,
+    run_script,
     take_execution,
 )
 from data_tools.files import atomic_output, remove_unfinished
@@ -72,8 +73,11 @@ def pack_shards(
 ) -> int:
     """Write what is missing of the shards, then their index; the exit status.
 
-    Raises ``ValueError`` for an index that cannot be read or names a file that is not there.
+    Raises ``ValueError`` for an index that cannot be read or names a file that is not there, and
+    without webdataset.
     """
+    if importlib.util.find_spec("webdataset") is None:
+        raise ValueError("packing needs webdataset; install it by `pip install 'i3d_gn[shards]'`")
     videos = VideoIndex.load(index)
     if videos.is_packed:
         raise ValueError(f"{index} is of packed videos already")
@@ -189,4 +193,4 @@ def _size_of(path: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

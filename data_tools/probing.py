@@ -20,8 +20,13 @@ class Probed:
 
 
 def probe(root: Path, path: str, *, decode: bool) -> Probed:
-    """Open ``root / path`` and decode its first frame, with ``decode`` all of them."""
+    """Open ``root / path`` and decode its first frame, with ``decode`` all of them.
+
+    Raises ``OSError`` where the file cannot be opened, which says nothing about its content.
+    """
     file = root / path
+    with open(file, "rb"):
+        pass
     if file.stat().st_size == 0:
         return Probed(verdict="empty", reason="the file has no bytes")
     try:

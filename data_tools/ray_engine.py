@@ -39,7 +39,10 @@ def map_on_ray(
     """
     try:
         import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
-        from ray.exceptions import RayError  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import (  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+            RayError,
+            RayTaskError,
+        )
     except ImportError:
         raise ValueError(
             "--engine ray needs Ray; install it by `pip install 'i3d_gn[ray]'` on every machine"
@@ -69,6 +72,9 @@ def map_on_ray(
                 i = running.pop(reference)
                 try:
                     yield i, ray.get(reference)
+                except RayTaskError as error:  # Raised by the task, in whatever machine's state.
+                    failure = f"{type(error.cause).__name__}: {error.cause}"
+                    yield i, Outcome(failure=failure, kind="error")
                 except RayError as error:
                     reason = str(error).strip().splitlines()[0]
                     message = f"Ray lost it {1 + _MAX_RETRIES} times: {reason}"

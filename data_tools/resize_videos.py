@@ -17,7 +17,6 @@ Exit status: 0, or 1 if no video could be written, 2 for wrong arguments.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,6 +30,7 @@ from data_tools.command_line import (
     positive_float,
     positive_int,
     run_command,
+    run_script,
     take_execution,
 )
 from data_tools.files import file_hash, find_videos, remove_unfinished, write_json
@@ -252,6 +252,8 @@ def _transcode_item(
         and earlier["num_bytes"] == _size_of(output / name)
     ):
         return earlier
+    # Should this fail, no copy of an earlier source or with other options may pass for its result.
+    (output / name).unlink(missing_ok=True)
     try:
         written = transcode(
             source / video, output / name, short_side=short_side, fps=fps, options=options
@@ -269,4 +271,4 @@ def _size_of(path: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

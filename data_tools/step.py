@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +98,8 @@ def run_step(
     """
     step = StepResult()
     shard = None if execution.shard is None else str(execution.shard)
-    with Ledger(ledger_path, shard=shard) as ledger:
+    ledger = Ledger(ledger_path, shard=shard)
+    with nullcontext() if execution.dry_run else ledger:
         todo = []
         for item in items:
             result = ledger.get(item.key, item.fingerprint)

@@ -8,6 +8,7 @@ the list names but the folder lacks is reported too). Defects are
   unreadable       no video file, or damaged so that nothing can be decoded
   truncated        frames are missing at the end, or from some damage on
   timestamps       frames without a time, or not later than the one before
+  damaged          all frames are there, but parts of some are the decoder's guess
   duplicate        the same pictures as a video before it, in whatever file
   crashed          takes the decoder down
   hung             takes longer than --timeout-seconds
@@ -36,6 +37,7 @@ from data_tools.command_line import (
     add_execution_options,
     new_parser,
     run_command,
+    run_script,
     take_execution,
 )
 from data_tools.examination import examine
@@ -46,9 +48,9 @@ from data_tools.video_folder import find_listed_videos, video_folder
 
 DEFECTS = (
     *("missing", "no_frames", "no_video_stream", "unreadable", "truncated", "timestamps"),
-    *("duplicate", "crashed", "hung", "memory"),
+    *("damaged", "duplicate", "crashed", "hung", "memory"),
 )
-_DEFECT_OF_FAILURE = {"timeout": "hung", "memory": "memory"}
+_DEFECT_OF_FAILURE = {"timeout": "hung", "memory": "memory", "error": "unreadable"}
 _MOST_SHOWN = 5
 
 
@@ -203,4 +205,4 @@ def _fraction(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

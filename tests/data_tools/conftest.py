@@ -102,7 +102,8 @@ class HttpServer:
     ``troubles[name]`` are used up one a request: ("drop", n) closes after n bytes of the answer,
     ("stall", n) sends n and then nothing, ("length", n) claims n bytes too many, ("flip", n) alters
     byte n, ("status", code), ("busy", seconds) is 503 with Retry-After, ("no_ranges", 0) ignores
-    Range, ("shifted_range", n) answers with another range, ("slow", 0) takes a while.
+    Range, ("no_if_range", 0) ignores If-Range, ("shifted_range", n) answers with another range,
+    ("slow", 0) takes a while.
     ``headers`` replace those of an answer ("-" leaves one out). ``requests`` are (name, first byte
     asked for, last) as they came.
     """
@@ -162,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= self.owner.headers
         total, status = len(content), 200
         same_version = self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]
+        same_version = same_version or trouble == "no_if_range"
         if first is not None and same_version and trouble != "no_ranges":
             if trouble == "shifted_range":
                 first += value

@@ -166,6 +166,11 @@ def test_class_folders_agree_with_pytorchvideo(tmp_path):
     assert len(ours) == 4
 
 
+def json_of(label="a", subset="training", labels=()):
+    database = {"x": {"subset": subset, "annotations": {"label": label}}}
+    return json.dumps({"labels": labels, "database": database})
+
+
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
@@ -179,6 +184,10 @@ def test_class_folders_agree_with_pytorchvideo(tmp_path):
         ("{}", "k.json", r"k.json is not in the JSON form of 3D-ResNets-PyTorch"),
         ("[1]", "k.json", r"k.json is not in the JSON form"),
         ("{", "k.json", r"k.json is not in the JSON form"),
+        (json_of(label=3.5), "k.json", r"x has the label 3.5 and the subset 'training'"),
+        (json_of(label=["a"]), "k.json", r"x has the label \['a'\]"),
+        (json_of(subset=None), "k.json", r"x has the label 'a' and the subset None"),
+        (json_of(labels=[1]), "k.json", r"labels must be names, not \(1,\)"),
     ],
 )
 def test_malformed_lists(write, text, name, message):

@@ -63,6 +63,12 @@ def test_what_does_not_fit(labels, class_names, message):
         ids_of(labels, class_names)
 
 
+def test_numbers_that_are_no_labels():
+    """Such as a time in the last column, for which no list of a billion names is made."""
+    with pytest.raises(ValueError, match="label 1700000000 .* is it a label at all"):
+        ids_of([1_700_000_000], None)
+
+
 def test_label_map_file(tmp_path):
     path = tmp_path / "map.txt"
     path.write_bytes('\ufeffyoga\r\n\r\n "air drumming"\r\n'.encode())
@@ -83,6 +89,16 @@ def test_an_index_is_a_label_map(tmp_path):
     )
     write_index(tmp_path / "i.parquet", [record], class_names=["b", "a"], root=tmp_path)
     assert read_label_map(tmp_path / "i.parquet") == ["b", "a"]
+
+
+@pytest.mark.real_data
+def test_kinetics_400_is_in_official_order_in_whatever_mixture_of_spellings(shared_data):
+    official = read_label_map(shared_data / "kinetics400" / "label_map.txt")
+    spelled = [name.replace(" ", "_") if i % 2 else name for i, name in enumerate(official)]
+    assert sorted(spelled) != spelled
+    names, ids = ids_of(spelled[::-1], None)
+    assert names == spelled
+    assert ids == list(range(400))[::-1]
 
 
 @pytest.mark.real_data

@@ -41,9 +41,10 @@ def test_the_forms_themselves(index, tmp_path):
     export_list.main([str(index), str(tmp_path / "x.txt")])
     assert (tmp_path / "x.txt").read_text().splitlines()[0] == ("move_down/- move_down_000.mp4 0")
     export_list.main([str(index), str(tmp_path / "x.json"), "--format", "json", "--split", "val"])
+    # 3D-ResNets-PyTorch compares subsets with these very words.
     document = json.loads((tmp_path / "x.json").read_text())
     assert document["database"]["- move_down_000"] == {
-        "subset": "val",
+        "subset": "validation",
         "annotations": {"label": "move_down"},
     }
     assert document["labels"] == list(videos.class_names)

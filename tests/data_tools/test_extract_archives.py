@@ -84,6 +84,26 @@ def test_the_release_as_it_is_laid_out(tmp_path, capsys):
     assert [path.name for path in before if after[path] != before[path]] == [C[0]]
 
 
+def test_archives_may_lie_in_one_folder(tmp_path, capsys):
+    """Then the replacements are not all that was extracted to that folder."""
+    pack(tmp_path / "archives" / "part_0.tar.gz", [A, B])
+    better = ("replacement_for_corrupted_k400/_bbbbbbbbbb_000002_000012.mp4", b"better")
+    pack(tmp_path / "archives" / "replacement_k400.tgz", [better])
+    output = tmp_path / "videos"
+    assert run(tmp_path / "archives", output) == 0
+    first = report_of(output)
+    assert first["replaced"] == [B[0]]
+    assert run(tmp_path / "archives", output) == 0
+    assert "(1 done before)" in capsys.readouterr().out
+    assert report_of(output) == first
+    # A replacement that was deleted comes back before anything is replaced by it.
+    (output / better[0]).unlink()
+    (output / B[0]).unlink()
+    os.utime(tmp_path / "archives" / "part_0.tar.gz", (1, 1))
+    assert run(tmp_path / "archives", output) == 0
+    assert content_of(output) == {A[0]: A[1], B[0]: b"better", better[0]: b"better"}
+
+
 def link(name, target, kind):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
@@ -120,6 +140,31 @@ def test_nothing_leads_out(tmp_path):
         *["a link"] * 3,
         "no regular file",
     ]
+
+
+def test_what_no_later_step_could_take_is_refused(tmp_path):
+    """A name that is not UTF-8, and a few bytes that stand for 64 MiB of zeros."""
+    sparse = tarfile.TarInfo("sparse.mp4")
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**26)}
+    members = [("caf\udce9.mp4", b"x"), link("caf\udce9 link.mp4", "x", tarfile.SYMTYPE), sparse, D]
+    pack(tmp_path / "archives" / "odd.tar", members)
+    output = tmp_path / "videos"
+    assert run(tmp_path / "archives", output) == 0
+    assert content_of(output) == {D[0]: D[1]}
+    refused = {entry["member"]: entry["reason"] for entry in report_of(output)["refused"]}
+    assert refused["caf\\udce9.mp4"] == "its name is not UTF-8"
+    assert refused["caf\\udce9 link.mp4"] == "a link"
+    assert refused["sparse.mp4"].startswith("a sparse file")
+
+
+def test_what_a_kill_left_unfinished_is_removed(tmp_path):
+    pack(tmp_path / "archives" / "train" / "part_0.tar", [A, B])
+    folder = tmp_path / "videos" / "train"
+    folder.mkdir(parents=True)
+    (folder / f".{A[0]}.machine-1.part").write_bytes(A[1][:100])
+    (folder / f".{C[0]}.machine-1.part").write_text("of another shard at work")
+    assert run(tmp_path / "archives", tmp_path / "videos") == 0
+    assert {path.name for path in folder.iterdir()} == {A[0], B[0], f".{C[0]}.machine-1.part"}
 
 
 def raw_tar(tmp_path, members):

@@ -102,6 +102,31 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == changed
 
 
+def test_a_server_that_ignores_if_range_cannot_mix_two_versions(server, tmp_path):
+    """The size is the same, and no ETag is an MD5 that would tell."""
+    server.headers = {"ETag": '"first"'}
+    server.troubles["a.bin"] = [("drop", 500_000), *[("status", 500)] * 3, ("no_if_range", 0)]
+    with pytest.raises(ItemFailure):
+        fetch(server, tmp_path / "a.bin")
+    server.headers = {"ETag": '"second"'}
+    changed = CONTENT[::-1]
+    (server.folder / "a.bin").write_bytes(changed)
+    assert fetch(server, tmp_path / "a.bin").checked == "size"
+    assert (tmp_path / "a.bin").read_bytes() == changed
+
+
+def test_what_a_file_from_elsewhere_is_continued_with_is_remembered(server, tmp_path):
+    (tmp_path / "a.bin").write_bytes(CONTENT[:1000])
+    server.headers = {"ETag": '"first"'}
+    server.troubles["a.bin"] = [("drop", 500_000), *[("status", 500)] * 3]
+    with pytest.raises(ItemFailure):
+        fetch(server, tmp_path / "a.bin")
+    server.headers = {"ETag": '"second"'}
+    (server.folder / "a.bin").write_bytes(CONTENT[::-1])
+    fetch(server, tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT[::-1]
+
+
 @pytest.mark.parametrize("have", [CONTENT, CONTENT[:1000], CONTENT + b"more", b"x" * 1000])
 def test_a_file_from_elsewhere_is_checked_and_completed(server, tmp_path, have):
     (tmp_path / "a.bin").write_bytes(have)

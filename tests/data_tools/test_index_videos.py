@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import index_videos
+from data_tools.examination import examine
+from data_tools.probing import probe
 from i3d_gn.data.index import VideoIndex
 
 
@@ -186,6 +188,33 @@ def test_wrong_arguments(arguments, message, tmp_path, place_clip, capsys, monke
     assert error.count("\n") == 1
 
 
+def test_a_list_without_labels_has_no_thinned_classes(tmp_path, place_clip, output, capsys):
+    place_clip(tmp_path / "videos" / "aaaaaaaaaaa.mp4")
+    (tmp_path / "test.csv").write_text(
+        "youtube_id,time_start,time_end,split\naaaaaaaaaaa,1,11,test\nbbbbbbbbbbb,1,11,test\n"
+    )
+    (tmp_path / "names.txt").write_text("yoga\nzumba\n")
+    options = ["--videos", tmp_path / "videos", "--label-map", tmp_path / "names.txt"]
+    assert run(tmp_path / "test.csv", output, *options) == 0
+    assert report_of(output)["thinned_classes"] == []
+    assert "warning" not in capsys.readouterr().out
+    assert VideoIndex.load(output).labels.tolist() == [-1]
+
+
+def test_a_file_that_cannot_be_opened_is_no_verdict(tmp_path, place_clip, monkeypatch):
+    """Who mends its permissions does not change its time, so nothing may be recorded."""
+    place_clip(tmp_path / "a.mp4")
+
+    def deny(*arguments, **options):
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", deny)
+    with pytest.raises(PermissionError):
+        probe(tmp_path, "a.mp4", decode=False)
+    with pytest.raises(PermissionError):
+        examine(tmp_path / "a.mp4")
+
+
 def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, pictures, output):
     first, second = (place_clip(tmp_path / "videos" / "a" / f"{n}.mp4") for n in "12")
     assert run(tmp_path / "videos", output) == 0
@@ -305,4 +334,4 @@ def test_shards_fill_ledgers_and_the_last_run_makes_the_index(motion_clips, outp
     assert "dry run: 0 to do, 6 done already" in capsys.readouterr().out
     assert run(motion_clips / "train", output) == 0
     assert len(VideoIndex.load(output)) == 6
-    assert not Path(f"{output}.ledger.jsonl").exists()  # the shards' ledgers sufficed
+    assert Path(f"{output}.ledger.jsonl").read_text() == ""  # the shards' ledgers sufficed

@@ -1,5 +1,9 @@
 """The ledger forgets nothing that was recorded and believes nothing half-written."""
 
+import errno
+import os
+import threading
+
 import pytest
 
 from data_tools.ledger import Ledger, file_fingerprint
@@ -74,6 +78,40 @@ def test_shards_write_apart_and_know_of_each_other(path):
         # The latest line counts, whichever file it stands in.
         assert ledger.get("a", 1) is None
         assert ledger.last("a") == (2, "new")
+
+
+def test_the_second_of_two_runs_waits_and_knows_what_the_first_did(path, capsys):
+    found = []
+
+    def second_run():
+        with Ledger(path) as ledger:
+            found.append(ledger.get("a", 1))
+
+    with Ledger(path) as first:
+        thread = threading.Thread(target=second_run)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        first.record("a", 1, "done")
+    thread.join(10)
+    assert found == ["done"]
+    assert f"waiting for the end of another run, which has {path}" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_no_obstacle(path, monkeypatch):
+    def refuse(code):
+        def flock(file, operation):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("data_tools.files.fcntl.flock", flock)
+
+    refuse(errno.ENOSYS)
+    with Ledger(path) as ledger:
+        ledger.record("a", 1, "done")
+    assert Ledger(path).get("a", 1) == "done"
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), Ledger(path):
+        pass
 
 
 def test_reading_writes_nothing(path):

@@ -224,6 +224,13 @@ def test_killed_and_run_again(motion_set, packed, tmp_path):
         assert {member.mtime for member in tar} == {0}
 
 
+def test_without_webdataset(motion_set, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_tools.pack_shards.importlib.util.find_spec", lambda name: None)
+    assert run(motion_set.folder / "train.parquet", tmp_path / "out") == 2
+    assert "pip install 'i3d_gn[shards]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_indexes(motion_set, packed, tmp_path, capsys):
     assert run(packed / "index.parquet", tmp_path / "out") == 2
     assert "is of packed videos already" in capsys.readouterr().err

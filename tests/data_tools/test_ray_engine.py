@@ -13,10 +13,11 @@ pytest.importorskip("ray", reason="needs Ray (pip install 'i3d_gn[ray]')")
 
 # In a process of its own: Ray leaves threads and sockets behind.
 ON_TWO_NODES = """
-import sys, threading, time
+import subprocess, sys, threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from data_tools import resize_videos
+from data_tools.ray_engine import map_on_ray
 
 source, output, kill = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "kill"
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -29,10 +30,15 @@ def lose_a_node():
     cluster.remove_node(second, allow_graceful=False)
     print("lost a node after", ledger.read_bytes().count(b"\\n"), flush=True)
 
+# What a task raises is told as it is, not as a loss.
+unsendable = map_on_ray(lambda item: item, [0], address=cluster.address, timeout_seconds=60)
+print(list(unsendable), flush=True)
 if kill:
     threading.Thread(target=lose_a_node).start()
 arguments = [source, str(output), "--preset", "veryslow", "--engine", "ray"]
-status = resize_videos.main([*arguments, "--ray-address", cluster.address])
+# As a script, whose functions are those of __main__.
+command = [sys.executable, resize_videos.__file__, *arguments, "--ray-address", cluster.address]
+status = subprocess.run(command).returncode
 cluster.shutdown()
 sys.exit(status)
 """
@@ -64,6 +70,8 @@ def source(motion_clips, tmp_path_factory):
 def test_a_lost_node_costs_nothing(source, tmp_path):
     output, alone = tmp_path / "ray", tmp_path / "alone"
     text = on_two_nodes(source, output, "kill")
+    assert "kind='error'" in text
+    assert "Can't pickle" in text
     assert "lost a node after" in text
     assert "39 videos written, 0 there already, 1 failed" in text
     options = ["--preset", "veryslow", "--workers", "2"]

@@ -241,6 +241,58 @@ def test_only_what_changed_is_done_again(tmp_path, place_clip, encode, pictures)
     assert again("--crf", "30") == {"1.mp4", "2.mp4", "3.mp4"}
 
 
+def test_a_source_that_broke_keeps_no_earlier_copy(tmp_path, place_clip):
+    for name in "ab":
+        place_clip(tmp_path / "in" / f"{name}.mp4")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    (tmp_path / "in" / "a.mp4").write_text("no video any more")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["b.mp4"]
+
+
+def test_two_runs_at_once_do_nothing_twice(tmp_path, place_clip):
+    """The later one waits, and finds done what the first did."""
+    for i in range(12):
+        place_clip(tmp_path / "in" / f"{i}.mp4")
+    arguments = [tmp_path / "in", tmp_path / "out", "--preset", "veryslow", "--workers", "1"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, resize_videos.__file__, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    texts = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    counts = sorted(out.partition(": ")[2].partition(";")[0] for out, _ in texts)
+    assert counts == [
+        "0 videos written, 12 there already, 0 failed",
+        "12 videos written, 0 there already, 0 failed",
+    ]
+    assert "waiting for the end of another run" in "".join(err for _, err in texts)
+    assert len((tmp_path / "out" / ".resize.ledger.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("option", ["--timeout-seconds", "--memory-gib", "--crf"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_wrong_numbers(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, tmp_path / "out", f"{option}={value}")
+    assert f"argument {option}: {value} is not a number above 0" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path, place_clip, capsys):
+    place_clip(tmp_path / "in" / "x.mp4")
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "in", tmp_path / "file" / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("resize_videos: error: ")
+    assert str(tmp_path / "file" / "out") in error
+    assert error.count("\n") == 1
+
+
 def test_killed_and_run_again(tmp_path, place_clip):
     """Nothing half-done bears a final name, what is done stays, the end is that of one run."""
     for i in range(24):
@@ -369,15 +421,15 @@ def test_a_source_with_a_new_time_but_the_same_content_is_not_encoded_again(tmp_
     source = place_clip(tmp_path / "in" / "x.mp4")
     output = tmp_path / "out" / "x.mp4"
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    inode = output.stat().st_ino
+    written = output.stat().st_mtime_ns
     os.utime(source, (1, 1))
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert output.stat().st_ino == inode
+    assert output.stat().st_mtime_ns == written
     content = bytearray(source.read_bytes())
     content[-1] ^= 1  # of the same size
     source.write_bytes(content)
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert output.stat().st_ino != inode
+    assert output.stat().st_mtime_ns != written
 
 
 def test_shards_share_out_the_work(tmp_path, place_clip, capsys):

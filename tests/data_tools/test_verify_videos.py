@@ -82,6 +82,49 @@ def test_defects(tmp_path, place_clip, encode, pictures, report, capsys):
     assert run(videos, report, "--max-defects", "0.8") == 0
 
 
+def test_damaged_pictures_are_told(tmp_path, place_clip, report):
+    """The decoder patches them up and says nothing but in its log."""
+    clip = place_clip(tmp_path / "videos" / "a.mp4")
+    content = bytearray(clip.read_bytes())
+    with av.open(str(clip)) as container:
+        packet = max((p for p in container.demux(video=0) if p.size), key=lambda p: p.size)
+        middle = packet.pos + packet.size // 2
+    for i in range(middle, middle + 20):
+        content[i] ^= 0xFF
+    clip.write_bytes(content)
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as messages, av.open(str(clip)) as container:
+            assert len(list(container.decode(video=0))) == 12
+    finally:
+        av.logging.set_level(None)
+    assert any("error while decoding" in text for _, _, text in messages)
+    assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
+    (entry,) = json.loads(report.read_text())["defective"]
+    assert entry["defect"] == "damaged"
+    assert entry["reason"].startswith("1 of 12 frames in part, the first is ")
+    assert entry["num_frames"] == 12
+
+
+def test_a_header_without_its_frames_is_truncated(tmp_path, place_clip, report):
+    clip = place_clip(tmp_path / "videos" / "a.mp4")
+    content = clip.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    clip.write_bytes(content[: content.index(b"mdat") + 4])
+    assert run(tmp_path / "videos", report) == 1
+    (entry,) = json.loads(report.read_text())["defective"]
+    assert (entry["defect"], entry["reason"]) == ("truncated", "none of 12 frames is there")
+
+
+def test_pictures_of_another_shape_are_no_duplicates(tmp_path, encode, report):
+    """Though their bytes are the same."""
+    (tmp_path / "videos").mkdir()
+    for name, height, width in [("a", 32, 64), ("b", 64, 32)]:
+        encode(tmp_path / "videos" / f"{name}.mp4", np.zeros((3, height, width, 3), np.uint8))
+    assert run(tmp_path / "videos", report) == 0
+    assert defects_of(report) == {}
+
+
 def test_a_list_names_what_is_missing(tmp_path, place_clip, report):
     place_clip(tmp_path / "videos" / "aaaaaaaaaaa_000001_000011.mp4")
     place_clip(tmp_path / "videos" / "not listed.mp4")
@@ -114,7 +157,13 @@ def test_what_takes_a_process_down_is_named():
     kinds = {"a": "crash", "b": "timeout", "c": "memory", "d": "error", "e": "lost"}
     step = StepResult(failures=dict.fromkeys(kinds, "why"), kinds=kinds)
     defects = {e["path"]: e["defect"] for e in verify_videos._verdicts(list(kinds), step)}
-    assert defects == {"a": "crashed", "b": "hung", "c": "memory", "d": "crashed", "e": "crashed"}
+    assert defects == {
+        "a": "crashed",
+        "b": "hung",
+        "c": "memory",
+        "d": "unreadable",
+        "e": "crashed",
+    }
 
 
 def test_too_large_a_picture_costs_itself_alone(tmp_path, place_clip, encode, report):
@@ -141,7 +190,7 @@ ODD = {
     "invalid_nalu.mp4": "truncated",
     "invalid_vp9.webm": "unreadable",
     "malformed_box.mp4": "unreadable",
-    "moov_only_5544_claimed.mp4": "no_frames",
+    "moov_only_5544_claimed.mp4": "truncated",
     "no_timescale.mp4": "truncated",
     "tiny_zero_frames.avi": "no_frames",
     "truncated_mid_stream.mp4": "truncated",
