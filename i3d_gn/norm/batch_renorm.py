@@ -5,7 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from i3d_gn.norm.split_batch_norm import check_channels, check_splits
+from i3d_gn.norm.split_batch_norm import (
+    check_channels,
+    check_splits,
+    check_stats_batch_size,
+)
 
 
 class BatchRenorm(_BatchNorm):
@@ -32,7 +36,8 @@ class BatchRenorm(_BatchNorm):
             `SplitBatchNorm` has them.
 
     Raises:
-        ValueError: limits or schedule out of range; in training, a batch that is no multiple of n.
+        ValueError: limits, schedule or n out of range; in training, an empty batch or one that is
+            no multiple of n.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class BatchRenorm(_BatchNorm):
             raise ValueError(
                 f"schedule={schedule}; give (start, r_end, d_end) with both ends after start"
             )
+        if stats_batch_size is not None:
+            check_stats_batch_size(stats_batch_size)
         self.r_max = r_max
         self.d_max = d_max
         self.schedule = schedule
@@ -79,6 +86,8 @@ class BatchRenorm(_BatchNorm):
             return F.batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, eps=self.eps
             )
+        if len(input) == 0:
+            raise ValueError("a batch of 0 samples has no statistics to train on; leave it out")
         size = self.stats_batch_size or len(input)
         check_splits(input, size)
         r_max, d_max = self.limits()

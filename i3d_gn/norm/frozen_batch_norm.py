@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from i3d_gn.norm.split_batch_norm import check_channels
+
 
 class FrozenBatchNorm(nn.Module):
     """BN* of [GN] section 4.2: a fixed affine map per channel, (N, C, *) in and out.
@@ -29,7 +31,12 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, *); the computation is in float32 at least, the result in x's dtype."""
+        """Map (N, C, *); the computation is in float32 at least, the result in x's dtype.
+
+        Raises:
+            ValueError: x has another number of channels.
+        """
+        check_channels(x, self.num_channels)
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         by_channel = (1, -1, *(1,) * (x.dim() - 2))

@@ -51,8 +51,10 @@ def make_norm(
 
     Raises:
         ValueError: an unknown name, a number of channels that does not split into the groups asked
-            for, both ways of choosing groups at once, or groups for a layer that has none.
+            for, both ways of choosing groups at once, or an option for a layer that has none.
     """
+    if name not in get_args(NormName):
+        raise ValueError(f"norm {name!r} is unknown; choose one of {', '.join(get_args(NormName))}")
     if name != "gn" and (num_groups is not None or channels_per_group is not None):
         raise ValueError(
             f"num_groups={num_groups}, channels_per_group={channels_per_group} are for norm 'gn'; "
@@ -63,8 +65,6 @@ def make_norm(
             f"stats_batch_size={stats_batch_size} is for norms 'bn' and 'brn'; leave it out for "
             f"{name!r}"
         )
-    if stats_batch_size is not None and stats_batch_size < 1:
-        raise ValueError(f"stats_batch_size={stats_batch_size}; it must be at least 1")
     if name != "brn" and not r_max is d_max is schedule is None:
         raise ValueError(
             f"r_max={r_max}, d_max={d_max}, schedule={schedule} are for norm 'brn'; leave them "
@@ -105,6 +105,4 @@ def make_norm(
         return GroupNorm(1, num_channels, eps=eps)
     if name == "in":
         return GroupNorm(num_channels, num_channels, eps=eps)
-    if name == "none":
-        return nn.Identity()
-    raise ValueError(f"norm {name!r} is unknown; choose one of {', '.join(get_args(NormName))}")
+    return nn.Identity()

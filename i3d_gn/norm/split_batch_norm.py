@@ -21,13 +21,14 @@ class SplitBatchNorm(_BatchNorm):
         momentum: weight of a batch in the running statistics.
 
     Raises:
-        ValueError: in training, a batch that is no multiple of n.
+        ValueError: n below 1; in training, a batch that is no multiple of n.
     """
 
     def __init__(
         self, num_features: int, stats_batch_size: int, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
+        check_stats_batch_size(stats_batch_size)
         self.stats_batch_size = stats_batch_size
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,6 +71,12 @@ def check_channels(input: Tensor, num_features: int) -> None:
             f"input has shape {tuple(input.shape)}; this layer takes (N, C, *) with "
             f"C = {num_features}"
         )
+
+
+def check_stats_batch_size(stats_batch_size: int) -> None:
+    """Raise a ValueError unless it is a number of samples."""
+    if stats_batch_size < 1:
+        raise ValueError(f"stats_batch_size={stats_batch_size}; it must be at least 1")
 
 
 def check_splits(input: Tensor, stats_batch_size: int) -> None:

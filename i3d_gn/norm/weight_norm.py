@@ -13,7 +13,7 @@ KernelNorm = Literal["weight_norm", "weight_standardization"]
 class WeightStandardization(nn.Module):
     """Weight standardisation (Qiao et al., arXiv:1903.10520): zero mean, unit deviation.
 
-    Over all but the first dimension of a kernel (O, I, *), in float32.
+    Over all but the first dimension of a kernel (O, I, *), in float32 at least.
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
@@ -21,10 +21,11 @@ class WeightStandardization(nn.Module):
         self.eps = eps
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The standardised kernel."""
+        """The standardised kernel, in the dtype of the given one."""
         axes = list(range(1, weight.dim()))
-        variance, mean = torch.var_mean(weight, dim=axes, correction=0, keepdim=True)
-        return (weight - mean) * torch.rsqrt(variance + self.eps)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dim=axes, correction=0, keepdim=True)
+        return ((wide - mean) * torch.rsqrt(variance + self.eps)).to(weight.dtype)
 
 
 def normalize_kernels(model: nn.Module, kind: str) -> None:

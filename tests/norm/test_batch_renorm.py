@@ -102,5 +102,9 @@ def test_errors():
         make_norm("brn", 4, schedule=(5, 5, 9))
     with pytest.raises(ValueError, match="r_max=2, d_max=None, schedule=None are for norm 'brn'"):
         make_norm("bn", 4, r_max=2)
+    with pytest.raises(ValueError, match="stats_batch_size=0.*at least 1"):
+        BatchRenorm(4, stats_batch_size=0)
+    with pytest.raises(ValueError, match="batch of 0 samples"):
+        BatchRenorm(4)(torch.empty(0, 4, 3, 3))
     with pytest.raises(ValueError, match=r"leave checkpoint_stages empty"):
         i3d_tiny("brn", 4, checkpoint_stages=["res3"])

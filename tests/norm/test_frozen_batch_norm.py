@@ -78,6 +78,12 @@ def test_any_number_of_dimensions_copy_and_pickle():
             assert torch.equal(other(x), frozen(x))
 
 
+def test_wrong_number_of_channels():
+    # One channel would broadcast to eight.
+    with pytest.raises(ValueError, match=r"\(2, 1, 3, 3\).*C = 8"):
+        FrozenBatchNorm(8)(torch.randn(2, 1, 3, 3))
+
+
 def test_reset():
     frozen = FrozenBatchNorm(8)
     for buffer in frozen.buffers():

@@ -113,6 +113,20 @@ def test_formula_forward_and_backward(shape, num_groups, layout, fusion, dtype):
         )
 
 
+def test_parameters_of_any_strides_and_no_other_size():
+    x, _, weight, bias, grad = tensors((2, 8, 3, 5, 7), "channels_last", torch.float32)
+    both = torch.stack((weight, bias), dim=1).detach()
+    for strided in (both.unbind(1), both[:1].expand(8, 2).unbind(1)):
+        assert not strided[0].is_contiguous()
+        y = group_norm(x, 4, *strided)
+        torch.testing.assert_close(y.double(), formula(x, 4, *strided), rtol=1e-6, atol=5e-6)
+        (actual,) = torch.autograd.grad(y, x, grad)
+        (wanted,) = torch.autograd.grad(formula(x, 4, *strided), x, grad.double())
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-5)
+    with pytest.raises(ValueError, match=r"weight has shape \(5,\).*\(8,\)"):
+        group_norm(x, 4, weight[:5], bias)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mean_over_std", [10, 1000])
 def test_large_mean_keeps_the_variance(layout, mean_over_std):
@@ -213,6 +227,17 @@ def test_second_derivative_is_a_clear_error():
     (grad,) = torch.autograd.grad(group_norm(x, 2, weight, bias).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="I3D_GN_NORM_KERNEL=native"):
         torch.autograd.grad(grad.sum(), x)
+
+
+# torch itself scripts its forward-mode derivatives.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
+def test_function_transforms_see_the_native_operator():
+    x, tangent, weight, bias, _ = (t.detach() for t in tensors((2, 4, 3), "contiguous", F32))
+    derivative = torch.func.jvp(lambda t: group_norm(t, 2, weight, bias), (x,), (tangent,))[1]
+    wanted = torch.func.jvp(
+        lambda t: formula(t, 2, weight, bias), (x.double(),), (tangent.double(),)
+    )[1]
+    torch.testing.assert_close(derivative.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_changes_nothing():
@@ -348,6 +373,17 @@ def test_kept_as_replaces_the_tensor_and_nothing_else():
     (grad,) = torch.autograd.grad(z.sum(), x)
     assert len(calls) == 2
     torch.testing.assert_close(grad, 12 * x)
+
+
+@pytest.mark.parametrize("modified", ["x", "weight", "bias"])
+def test_computing_again_from_what_was_modified_is_an_error(modified):
+    layer = GroupNorm(2, 4).to(DEVICE).requires_grad_(False)
+    x = torch.randn(1, 4, 2, 3, 3, device=DEVICE)
+    y, again = layer.relu_with_again(x)
+    assert torch.equal(again(), y)
+    {"x": x, "weight": layer.weight, "bias": layer.bias}[modified].add_(1)
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        again()
 
 
 def two_blocks(recompute):

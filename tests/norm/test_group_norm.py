@@ -161,6 +161,42 @@ def test_large_mean_keeps_the_variance(layout, dims, mean_over_std):
     torch.testing.assert_close(grad_bias, wanted_bias, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(4, 64, 1, 1), (4, 64, 1, 1, 1), (3, 1, 9, 9), (3, 1, 40, 5, 9)])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_large_mean_where_contiguous_is_channels_last_too(shape, sliced):
+    """One channel or one position: torch takes such a tensor for channels_last by its strides."""
+    generator = torch.Generator().manual_seed(0)
+    num_channels, *space = shape[1:]
+    memory = torch.empty(shape[0], *space, num_channels + 2 * sliced)
+    x = memory.movedim(-1, 1)[:, :num_channels]
+    x.copy_(torch.randn(shape, generator=generator) + 1000)
+    assert x.stride(1) == 1
+    x.requires_grad_()
+    weight, bias = parameters(num_channels, generator)
+    grad = torch.randn(shape, generator=generator)
+    num_groups = min(2, num_channels)
+    y = group_norm(x, num_groups, weight, bias)
+    expected = formula(x, num_groups, weight, bias, 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6 + 2e-4)
+    (actual,), (wanted,) = gradients(y, (x,), grad), gradients(expected, (x,), grad)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=2e-5 + 2e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("rest", ["random", "constant"])
+@pytest.mark.parametrize("outlier", [1e4, 1e6, 1e10])
+def test_an_outlier_costs_the_others_nothing(layout, rest, outlier):
+    """It is the very first element, so that a shift by that would be a bad one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((1, 4, 9, 60, 61), 500.0)
+    if rest == "random":
+        x = torch.randn(x.shape, generator=generator)
+    x[0, :, 0, 0, 0] = outlier
+    y = group_norm(lay_out(x, layout), 2)
+    expected = formula(x, 2, torch.ones(4), torch.zeros(4), 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
 def test_constant_input_gives_the_bias(layout, value):
@@ -255,8 +291,30 @@ def test_second_derivative_of_contiguous_input_and_error_for_channels_last():
     assert torch.autograd.gradgradcheck(lambda t: group_norm(t, 2), (x,))
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     (grad,) = torch.autograd.grad(group_norm(last, 2).pow(3).sum(), last, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*\.contiguous\(\)"):
         torch.autograd.grad(grad.sum(), last)
+
+
+# torch itself scripts its forward-mode derivatives.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_function_transforms(layout):
+    generator = torch.Generator().manual_seed(0)
+    x, tangent = (lay_out(torch.randn(3, 8, 2, 3, 4, generator=generator), layout) for _ in "xt")
+    layer = GroupNorm(4, 8)
+    value, derivative = torch.func.jvp(layer, (x,), (tangent,))
+    wanted = torch.func.jvp(
+        lambda t: formula(t, 4, torch.ones(8), torch.zeros(8), 1e-5),
+        (x.double(),),
+        (tangent.double(),),
+    )
+    torch.testing.assert_close(value.double(), wanted[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(derivative.double(), wanted[1], rtol=0, atol=1e-5)
+    each = torch.vmap(lambda sample: layer(sample[None])[0])(x)
+    torch.testing.assert_close(each, layer(x))
+    grad = torch.func.grad(lambda t: layer(t).pow(3).sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(layer(x).pow(3).sum(), x)[0])
 
 
 # opcheck itself reads the .grad of tensors that are no leaves.
@@ -302,6 +360,7 @@ def test_empty_input(shape):
     y = layer(x)
     assert y.shape == shape
     assert y.dtype == x.dtype
+    assert layer(x, relu=True, residual=x.float()).dtype == x.dtype
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.shape == shape
@@ -371,3 +430,7 @@ def test_wrong_input():
         GroupNorm(4, 8)(torch.randn(2, 6, 3))
     with pytest.raises(ValueError, match=r"\(8,\)"):
         GroupNorm(4, 8)(torch.randn(8))
+    with pytest.raises(ValueError, match=r"torch\.uint8.*convert"):
+        GroupNorm(4, 8)(torch.zeros(2, 8, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"bias has shape \(4,\).*\(8,\)"):
+        group_norm(torch.randn(2, 8, 3), 4, torch.ones(8), torch.ones(4))

@@ -61,6 +61,7 @@ def test_images():
     ("arguments", "message"),
     [
         ({"name": "gm"}, r"'gm' is unknown.*gn, bn, sync_bn, frozen_bn, ln, in, brn, none"),
+        ({"name": "GN", "num_groups": 4}, r"'GN' is unknown.*gn, bn"),
         ({"name": "gn", "num_groups": 7}, r"num_channels=64.*num_groups=7.*divisors"),
         ({"name": "gn", "num_groups": 0}, "num_groups=0"),
         ({"name": "gn", "channels_per_group": 48}, "channels_per_group=48"),

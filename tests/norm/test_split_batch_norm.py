@@ -109,3 +109,5 @@ def test_errors():
             make_norm(name, 32, stats_batch_size=4)
     with pytest.raises(ValueError, match="at least 1"):
         make_norm("bn", 32, stats_batch_size=0)
+    with pytest.raises(ValueError, match="stats_batch_size=-2.*at least 1"):
+        SplitBatchNorm(32, -2)

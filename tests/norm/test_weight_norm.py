@@ -45,6 +45,17 @@ def test_weight_standardization(dims):
     assert model.conv1.parametrizations.weight.original.grad.abs().sum() > 0
 
 
+def test_weight_standardization_of_low_precision_is_rounded_once():
+    conv = nn.Conv3d(4, 8, 3, bias=False).bfloat16()
+    # Far from zero, which would cost a mean in bfloat16.
+    raw = conv.weight.detach() + 1
+    conv.weight.data.copy_(raw)
+    normalize_kernels(conv, "weight_standardization")
+    exact = F.layer_norm(raw.double(), raw.shape[1:], eps=1e-5)
+    assert conv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(conv.weight.double(), exact, rtol=2**-8, atol=1e-5)
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="'spectral' is unknown"):
         normalize_kernels(small(), "spectral")
