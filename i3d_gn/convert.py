@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from i3d_gn.command_line import run_command
 from i3d_gn.models.i3d import FORMS
@@ -41,7 +42,17 @@ def main(argv: list[str] | None = None) -> int:
         choices=("3x3", "1x1"),
         help="convolution with a bottleneck's stride; 3x3 unless the source is known to differ",
     )
-    parser.add_argument("--form", choices=tuple(FORMS), help="clip form of a video network")
+    parser.add_argument(
+        "--form",
+        choices=tuple(FORMS),
+        help="clip form of a video network; long unless the source is known to differ",
+    )
+    parser.add_argument(
+        "--pool-padding",
+        type=int,
+        choices=(0, 1),
+        help="spatial padding of a video network's first pool; 0 unless known to differ",
+    )
     parser.add_argument(
         "--mean", type=float, nargs=3, help="RGB of 0..1 that the weights were trained with"
     )
@@ -58,14 +69,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complete(info: WeightsInfo, args: argparse.Namespace) -> WeightsInfo:
-    """The options given first, then what the source tells, then what PyTorch's weights share."""
-    return dataclasses.replace(
-        info,
-        mean=tuple(args.mean) if args.mean else info.mean or IMAGENET_MEAN,
-        std=tuple(args.std) if args.std else info.std or IMAGENET_STD,
-        stride_in=args.stride_in or info.stride_in or "3x3",
-        form=args.form or info.form,
-    )
+    """The options given first, then what the source tells, then what is usual."""
+    usual: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
+    if info.spatial_dims == 3:
+        usual |= {"form": "long", "pool_padding": 0}
+    elif args.form is not None or args.pool_padding is not None:
+        raise ValueError(
+            f"{args.source} is an image network, and --form and --pool-padding are of video "
+            "networks; leave them out"
+        )
+    if args.std is not None and min(args.std) <= 0:
+        raise ValueError(f"--std {args.std}: a deviation is more than 0")
+    chosen = {
+        key: next(v for v in (getattr(args, key), getattr(info, key), value) if v is not None)
+        for key, value in usual.items()
+    }
+    return dataclasses.replace(info, **chosen)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+import pickle
+import re
+
 import pytest
 import torch
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -6,6 +9,7 @@ from i3d_gn import build, cli
 from i3d_gn.config import ConfigError
 from i3d_gn.distributed import World
 from i3d_gn.models import i3d_tiny
+from i3d_gn.models.pretrained import load_pretrained
 from i3d_gn.models.weights import read_weights
 from i3d_gn.train import train
 
@@ -45,12 +49,64 @@ def test_out_again_is_bit_equal(plain_file, tmp_path):
     assert all(torch.equal(returned[k], v) for k, v in original.items())
 
 
-def test_a_mistake_is_one_line(tmp_path, capsys):
+def test_what_a_video_network_s_pickle_does_not_tell(tmp_path):
+    """PySlowFast's I3D_8x8_R50.pkl has the names of video-nonlocal-net, whose pools differ."""
+    rules = (
+        (r"^conv1\.weight", "conv1_w"), (r"^norm1\.", "res_conv1_bn."),
+        (r"head\.linear\.weight", "pred_w"), (r"head\.linear\.bias", "pred_b"),
+        (r"^res(\d)\.(\d)\.", r"res\1_\2_"),
+        (r"_conv1\.weight", "_branch2a_w"), (r"_norm1\.", "_branch2a_bn."),
+        (r"_conv2\.weight", "_branch2b_w"), (r"_norm2\.", "_branch2b_bn."),
+        (r"_conv3\.weight", "_branch2c_w"), (r"_norm3\.", "_branch2c_bn."),
+        (r"_shortcut_conv\.weight", "_branch1_w"), (r"_shortcut_norm\.", "_branch1_bn."),
+        (r"bn\.weight", "bn_s"), (r"bn\.bias", "bn_b"),
+        (r"bn\.running_mean", "bn_rm"), (r"bn\.running_var", "bn_riv"),
+    )  # fmt: skip
+    blobs = {}
+    for own, tensor in i3d_tiny("bn", 5).state_dict().items():
+        name = own
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if not name.endswith("num_batches_tracked"):
+            blobs[name] = tensor.numpy()
+    source, dest = tmp_path / "I3D_8x8_R50.pkl", tmp_path / "w.safetensors"
+    source.write_bytes(pickle.dumps({"blobs": blobs}, 2))
+    for options, form, padding in (
+        ([], "long", 0),
+        (["--form", "8x8"], "8x8", 0),
+        (["--form", "8x8", "--pool-padding", "1"], "8x8", 1),
+    ):
+        assert cli.main(["convert", str(source), str(dest), *options]) == 0
+        info = read_weights(dest).info
+        assert (info.form, info.pool_padding, info.inflate) == (form, padding, True)
+        assert info.mean == (0.45, 0.45, 0.45)
+    load_pretrained(i3d_tiny("bn", 5, form="8x8", pool_padding=1), dest)
+    with pytest.raises(ValueError, match=r"model\.pool_padding=0 where the weights need 1"):
+        load_pretrained(i3d_tiny("bn", 5, form="8x8"), dest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["{pickle}", "{dest}"], "os.system, refused"),
+        (["{plain}", "{dest}", "--form", "8x8"], "is an image network"),
+        (["{plain}", "{dest}", "--pool-padding", "0"], "is an image network"),
+        (["{plain}", "{dest}", "--std", "0.2", "0", "0.2"], "a deviation is more than 0"),
+        (["{plain}", "{folder}"], "cannot be written"),
+        (["{folder}", "{dest}"], "is a directory"),
+        (["{plain}", "{dest}", "--naming", "pytorchvideo"], "torchvision names those of images"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, line, plain_file, tmp_path, capsys):
     (tmp_path / "w.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert cli.main(["convert", str(tmp_path / "w.pkl"), str(tmp_path / "w")]) == 2
+    (tmp_path / "folder").mkdir()
+    places = {"pickle": "w.pkl", "dest": "w", "folder": "folder", "plain": plain_file.name}
+    places = {name: tmp_path / place for name, place in places.items()}
+    assert cli.main(["convert", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
-    assert "os.system, refused" in error
+    assert line in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_run_takes_mean_and_deviation_from_its_weights(small_run, tmp_path):

@@ -1,18 +1,17 @@
 """Read the pickles of Detectron and video-nonlocal-net without running any code of theirs.
 
-A pickle is a program. This reader knows six names, all of them NumPy's ways of rebuilding arrays,
-and refuses every other by its name before it is called.
+A pickle is a program. This reader knows seven names, with which NumPy pickles arrays and Python 2
+dictionaries, and refuses every other by its name before it is called. What those names make here
+are stand-ins that take numbers and nothing else: NumPy's own would let a file set their insides.
 """
 
 import pickle
-from collections import OrderedDict
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-
-_NUMBER_KINDS = "biuf"
 
 
 class ForeignPickleError(ValueError):
@@ -20,7 +19,7 @@ class ForeignPickleError(ValueError):
 
 
 def read_caffe2_pickle(path: Path) -> dict[str, Any]:
-    """The blobs of a `.pkl`, by name; arrays and plain values.
+    """The blobs of a `.pkl`, by name; arrays in the machine's byte order, and plain values.
 
     Caffe2's tools pickled `{"blobs": {...}}` or the inner dictionary, under Python 2, whose byte
     strings are read as latin-1.
@@ -30,7 +29,7 @@ def read_caffe2_pickle(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
+            return _blobs_of(_ArraysOnly(file, encoding="latin1").load())
     except ForeignPickleError as error:
         raise ForeignPickleError(f"weights {path}: {error}") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
@@ -39,19 +38,24 @@ def read_caffe2_pickle(path: Path) -> dict[str, Any]:
             f"weights {path} cannot be read ({reason}); the file is damaged or not a pickle of "
             "arrays, download it again"
         ) from error
+
+
+def _blobs_of(content: Any) -> dict[str, Any]:
     if isinstance(content, dict) and isinstance(content.get("blobs"), dict):
         content = content["blobs"]
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ForeignPickleError(
-            f"weights {path}: a pickle of {type(content).__name__}, not of Caffe2 blobs by name"
+            f"a pickle of {type(content).__name__}, not of Caffe2 blobs by name"
         )
-    for name, value in content.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind not in _NUMBER_KINDS:
-            raise ForeignPickleError(f"weights {path}: {name} is an array of {value.dtype}")
-    return content
+    return {
+        name: value.numbers if isinstance(value, _Array) else value
+        for name, value in content.items()
+    }
 
 
-class _ArraysOnly(pickle.Unpickler):
+# Python's unpickler keeps its memo in a dictionary. That of the C one is an array as long as the
+# highest index in the file, so that ten bytes make it fill 32 GiB.
+class _ArraysOnly(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = _ALLOWED.get((module, name))
         if known is None:
@@ -66,17 +70,44 @@ class _ArraysOnly(pickle.Unpickler):
         )
 
 
-def _empty_array(kind: Any, shape: Any, _dtype: Any) -> npt.NDArray[Any]:
-    """NumPy pickles an array as an empty one and its state; the state brings shape and bytes."""
-    if kind is not np.ndarray or tuple(shape) != (0,):
-        raise ForeignPickleError("an array pickled in an unknown way, refused")
-    return np.ndarray.__new__(np.ndarray, (0,), np.int8)
+class _Dtype:
+    """Stands for `numpy.dtype(code, align, copy)` and the state that brings the byte order."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: Any, _align: Any = False, _copy: Any = False) -> None:
+        if not (isinstance(code, str) and re.fullmatch(r"[<>=|]?[biuf][1248]", code)):
+            raise ForeignPickleError(f"an array of {code!r}, refused: weights are numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+    def numbers(self, data: bytes | str) -> npt.NDArray[Any]:
+        """The bytes as numbers, in one dimension."""
+        flat = np.frombuffer(data if isinstance(data, bytes) else data.encode("latin1"), self.dtype)
+        return flat.astype(self.dtype.newbyteorder("="), copy=False)
 
 
-def _scalar(dtype: np.dtype[Any], data: bytes | str) -> Any:
-    if dtype.kind not in _NUMBER_KINDS:
-        raise ForeignPickleError(f"a scalar of {dtype}, refused: weights are numbers")
-    return np.frombuffer(data if isinstance(data, bytes) else data.encode("latin1"), dtype)[0]
+class _Array:
+    """Stands for `numpy.ndarray`, which is pickled empty, and the state that fills it."""
+
+    __slots__ = ("numbers",)
+
+    def __setstate__(self, state: Any) -> None:
+        _version, shape, dtype, is_fortran, data = state
+        if not isinstance(dtype, _Dtype):
+            raise ForeignPickleError("an array pickled in an unknown way, refused")
+        self.numbers = dtype.numbers(data).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _reconstruct(_kind: Any, _shape: Any, _dtype: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: _Dtype, data: bytes | str) -> Any:
+    (number,) = dtype.numbers(data)
+    return number
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -88,10 +119,10 @@ def _encode(text: str, encoding: str) -> bytes:
 
 # numpy._core is numpy.core's name since NumPy 2.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
-    ("collections", "OrderedDict"): OrderedDict,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
+    ("collections", "OrderedDict"): dict,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
 }

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from i3d_gn.norm import (
     BatchRenorm,
@@ -402,12 +402,11 @@ class I3D(nn.Module):
         stage = self.get_submodule(name)
         if name not in self.checkpoint_stages or not torch.is_grad_enabled():
             return stage(x)
-        batch_norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
-        contexts = partial(_recompute_contexts, batch_norms) if batch_norms else noop_context_fn
         # Stages draw no random numbers, so the generators' states need not be kept.
-        return checkpoint(
-            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-        )
+        run = partial(checkpoint, stage, x, use_reentrant=False, preserve_rng_state=False)
+        batch_norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
+        # torch.compile cannot look through a context that is chosen between two.
+        return run(context_fn=partial(_recompute_contexts, batch_norms)) if batch_norms else run()
 
     def _size_changing_layers(self) -> list[nn.Conv3d | nn.MaxPool3d]:
         layers: list[nn.Conv3d | nn.MaxPool3d] = [self.conv1, self.pool1]

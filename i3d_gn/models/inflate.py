@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from i3d_gn.models.i3d import I3D, NORM_NAMES
+from i3d_gn.models.i3d import FORMS, I3D, NORM_NAMES, Bottleneck
 from i3d_gn.models.tensor_names import own_name
-from i3d_gn.models.weight_files import read_weight_file
+from i3d_gn.models.weight_files import WeightsInfo, read_weight_file
+from i3d_gn.norm import GroupNorm
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def load_imagenet_weights(
         model: the network, of the source's depth.
         source: a 2-D state dict with torchvision's names (`conv1`, `bn1`, `layer1.0.conv1`, ...,
             `fc`; a `module.` prefix is ignored) or ours, or the path of one, alone in its file or
-            under `state_dict`. Any floating-point type.
+            under `state_dict`. Any floating-point type. A file that `i3d-gn convert` wrote also
+            says what network it is for.
         convolutions_only: leave the source's normalisation layers unused.
         source_norm: `ln` or `in`, which the tensors do not tell from `gn`.
 
@@ -76,45 +78,86 @@ def load_imagenet_weights(
 
     Raises:
         ValueError: no such file, no state dict in it, or source and model do not match in depth,
-            shapes or normalisation. The model is then unchanged.
+            shapes, normalisation or what the file says. The model is then unchanged.
     """
-    origin = "the given state dict" if isinstance(source, Mapping) else str(source)
-    source_2d = _strip_prefix(_as_state_dict(source, origin))
-    return _fill(
-        model, source_2d, origin, convolutions_only, source_norm=source_norm, with_head=False
-    )
-
-
-def load_video_weights(
-    model: I3D,
-    source: Mapping[str, Tensor],
-    convolutions_only: bool = False,
-    source_norm: str | None = None,
-) -> InflationReport:
-    """Fill an I3D network from another, the head too if it has as many classes.
-
-    Otherwise as `load_imagenet_weights`, with a state dict of 3-D kernels under our names.
-    """
-    head = model.head.linear.weight.shape
-    return _fill(
+    info: WeightsInfo | None = None
+    if isinstance(source, Mapping):
+        content, origin = source, "the given state dict"
+    else:
+        (content, info), origin = read_weight_file(source), str(source)
+    source_2d = _strip_prefix(_as_state_dict(content, origin))
+    if info is not None:
+        check_same_network(model, info, origin, convolutions_only=convolutions_only)
+        source_norm = norm_kind(info)
+    return fill(
         model,
-        source,
-        "the given state dict",
-        convolutions_only,
+        source_2d,
+        origin,
+        convolutions_only=convolutions_only,
         source_norm=source_norm,
-        with_head="head.linear.weight" in source and source["head.linear.weight"].shape == head,
+        with_head=False,
     )
 
 
-def _fill(
+def check_same_network(
+    model: I3D, info: WeightsInfo, origin: str, *, convolutions_only: bool
+) -> None:
+    """Refuse weights for a network that differs in what the tensors do not show.
+
+    Args:
+        model: the network.
+        info: what is known of the weights.
+        origin: where they come from, for the message.
+        convolutions_only: the groups of group norm do not matter.
+
+    Raises:
+        ValueError: naming the options that differ.
+    """
+    differing = [
+        f"model.{option}={has} where the weights need {needs}"
+        for option, has in _structure(model).items()
+        if (needs := getattr(info, option)) is not None and has != needs
+    ]
+    if not convolutions_only:
+        differing += _differing_groups(model, info)
+    if differing:
+        raise ValueError(
+            f"weights {origin} are for another network: {'; '.join(differing)}. Change the "
+            "model's options, or convert the weights again if their metadata is wrong"
+        )
+
+
+def norm_kind(info: WeightsInfo) -> str:
+    """`info.norm`, but for group norm's extremes, which are layer norm and instance norm."""
+    if info.norm == "gn" and info.num_groups == 1:
+        return "ln"
+    return "in" if info.norm == "gn" and info.channels_per_group == 1 else info.norm
+
+
+def fill(
     model: I3D,
     source: Mapping[str, Tensor],
     origin: str,
-    convolutions_only: bool,
     *,
+    convolutions_only: bool,
     source_norm: str | None,
     with_head: bool,
 ) -> InflationReport:
+    """Fill an I3D network from tensors under torchvision's names or ours, 2-D or 3-D.
+
+    Args:
+        model: the network.
+        source: its tensors.
+        origin: where they come from, for messages.
+        convolutions_only: see `load_imagenet_weights`.
+        source_norm: of the source, None to tell it by its tensors.
+        with_head: the source is a video network: take its head too, if it has as many classes.
+
+    Raises:
+        ValueError: source and model do not match. The model is then unchanged.
+    """
+    head = source.get("head.linear.weight")
+    with_head = with_head and head is not None and head.shape == model.head.linear.weight.shape
     targets = {
         key: t for key, t in model.state_dict().items() if with_head or not key.startswith("head.")
     }
@@ -130,7 +173,7 @@ def _fill(
             or (convolutions_only and _is_norm_key(target))
         ):
             unused.append(key)
-        elif target in targets:
+        elif target in targets and target not in mapped:
             mapped[target] = (key, tensor)
         elif target is not None and target.endswith(".num_batches_tracked"):
             unused.append(key)  # a frozen batch norm does not count
@@ -145,7 +188,7 @@ def _fill(
     ]
     if unknown or missing:
         raise ValueError(
-            f"{origin} does not fit the model: {len(unknown)} tensors have no place in it "
+            f"{origin} cannot fill the model: {len(unknown)} tensors have no place in it "
             f"({_some(unknown)}) and {len(missing)} of the model's are not filled "
             f"({_some(missing)}); give weights with torchvision's names and the model's depth"
         )
@@ -163,10 +206,7 @@ def _fill(
     return InflationReport(loaded=tuple(values), left_at_init=tuple(left), unused=tuple(unused))
 
 
-def _as_state_dict(
-    source: str | PathLike[str] | Mapping[str, Tensor], origin: str
-) -> Mapping[str, Tensor]:
-    content: Any = source if isinstance(source, Mapping) else read_weight_file(source)[0]
+def _as_state_dict(content: Any, origin: str) -> Mapping[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if (
@@ -208,6 +248,47 @@ def _check_same_norm(
             "layers afresh, pass convolutions_only=True (config key "
             "model.weights_convolutions_only: true)"
         )
+
+
+def _structure(model: I3D) -> dict[str, Any]:
+    """The options that the tensors do not show, read from the modules."""
+    first = model.res3[0]
+    assert isinstance(first, Bottleneck)
+    pool1_kernel, pool1_stride, pool1_padding = (
+        values if isinstance(values, tuple) else (values,) * 3
+        for values in (model.pool1.kernel_size, model.pool1.stride, model.pool1.padding)
+    )
+    pools_as_printed = pool1_padding[0] == 1
+    form = next(
+        name
+        for name, form in FORMS.items()
+        if form.conv1_stride == model.conv1.stride[0]
+        and form.pool1_stride == pool1_stride[0]
+        and (form.pool1_kernel == pool1_kernel[0] or pools_as_printed)
+    )
+    return {
+        "stride_in": "1x1" if first.conv1.stride[1] == 2 else "3x3",
+        "form": form,
+        "inflate": model.conv1.kernel_size[0] > 1,
+        "pool_padding": pool1_padding[1],
+        "paper_pools": pools_as_printed,
+    }
+
+
+def _differing_groups(model: I3D, info: WeightsInfo) -> list[str]:
+    if info.norm != "gn":
+        return []
+    for layer in model.modules():
+        if not isinstance(layer, GroupNorm):
+            continue
+        per_group = layer.num_channels // layer.num_groups
+        if info.num_groups not in (None, layer.num_groups):
+            return [f"num_groups={layer.num_groups} where the weights need {info.num_groups}"]
+        if info.channels_per_group not in (None, per_group):
+            return [
+                f"channels_per_group={per_group} where the weights need {info.channels_per_group}"
+            ]
+    return []
 
 
 def _model_norm(model: I3D) -> str:

@@ -92,7 +92,7 @@ def naming_of(names: Iterable[str]) -> Naming | None:
         ("pytorchvideo", "blocks.0.conv.weight"),
         ("pyslowfast", "s1.pathway0_stem.conv.weight"),
         ("mmaction2", "backbone.conv1.conv.weight"),
-        ("torchvision", "layer1.0.conv1.weight"),
+        ("torchvision", "layer1.0.conv3.weight"),  # basic blocks, ResNet-18 and 34, have no third
         ("torchvision", "features.0.weight"),
         ("i3d_gn", "res2.0.conv1.weight"),
         ("i3d_gn", "conv1_1.conv.weight"),

@@ -1,8 +1,12 @@
 """What a weight file holds, whatever its format: safetensors, torch.save or a Caffe2 pickle."""
 
+import dataclasses
+import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,41 @@ from i3d_gn.models.caffe2_pickle import read_caffe2_pickle
 
 # torch.save before 1.6 begins with this pickled number, not with a zip archive.
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_METADATA_KEY = "i3d_gn"
 
 
-def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
-    """The content of a weight file, and the metadata of safetensors (else empty).
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a network must be like for the weights to mean what they did.
+
+    None says that the file does not tell. The last four describe video networks, as the options of
+    `i3d_gn.models.I3D`.
+
+    Attributes:
+        source: whose weights, the naming they came in.
+        spatial_dims: 2 for kernels (O, I, H, W), 3 for (O, I, T, H, W).
+        norm: `bn` (any kind with running statistics), `gn`, `ln`, `in` or `none`.
+        num_groups, channels_per_group: of `gn`.
+        mean, std: of the input, RGB of 0..1.
+        stride_in: which convolution of a bottleneck has the stride.
+    """
+
+    source: str
+    spatial_dims: int
+    norm: str
+    num_groups: int | None = None
+    channels_per_group: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    stride_in: str | None = None
+    form: str | None = None
+    inflate: bool | None = None
+    pool_padding: int | None = None
+    paper_pools: bool | None = None
+
+
+def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | None]:
+    """The content of a weight file, and what `write_safetensors` wrote of its network, if it did.
 
     The format is told by the first bytes, not by the name. Nothing in a file is run.
 
@@ -26,43 +61,93 @@ def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]
         ValueError: no such file, or it cannot be read as any of the three.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights {path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"weights {path}: {reason}; give the path of a weight file") from error
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(
+            f"weights {path} cannot be read (a web page, not weights); download the file itself"
+        )
+    if path.suffix == ".safetensors":
         return _read_safetensors(path)
     is_pickle = head[:1] == b"\x80" and not head.startswith(_TORCH_LEGACY)
     if is_pickle or path.suffix == ".pkl":
-        return read_caffe2_pickle(path), {}
+        return read_caffe2_pickle(path), None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        return torch.load(path, map_location="cpu", weights_only=True), None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"weights {path} cannot be read ({reason}); expected a state dict saved by torch.save "
-            "or safetensors, or a Caffe2 pickle (.pkl)"
-        ) from error
+        raise ValueError(f"weights {path} cannot be read {_torch_reason(error)}") from error
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: WeightsInfo
 ) -> None:
-    """Write tensors and metadata, atomically."""
+    """Write tensors, and `info` as metadata, atomically.
+
+    Raises:
+        ValueError: the file cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     own_memory = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own_memory, temporary, metadata={"format": "pt", **metadata})
-    os.replace(temporary, path)
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(dataclasses.asdict(info))}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(own_memory, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be written ({error}); give the path of a file in a folder that can be "
+            "written to"
+        ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsInfo | None]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"weights {path} cannot be read ({str(error).splitlines()[0]}); the file is damaged, "
             "download or convert it again"
         ) from error
+    text = metadata.get(_METADATA_KEY)
+    return tensors, None if text is None else _info_from_json(text, path)
+
+
+def _info_from_json(text: str, path: Path) -> WeightsInfo:
+    try:
+        values = json.loads(text)
+        for key in ("mean", "std"):
+            values[key] = None if values[key] is None else tuple(values[key])
+        return WeightsInfo(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"weights {path}: metadata {_METADATA_KEY!r} is not what `i3d-gn convert` writes "
+            f"({error}); convert the original again"
+        ) from error
+
+
+def _torch_reason(error: Exception) -> str:
+    """Why `torch.load` refused a file; its own message advises to run what the file says."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"(it calls {refused[1]}, refused: weights are tensors and plain containers); save "
+            "model.state_dict() and nothing else"
+        )
+    by_restriction = text.startswith("Weights only load failed")
+    reason = "" if by_restriction else (text.splitlines() or [""])[0]
+    return (
+        f"({reason or 'damaged or of another format'}); expected a state dict saved by torch.save "
+        "or safetensors, or a Caffe2 pickle (.pkl)"
+    )

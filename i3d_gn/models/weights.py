@@ -1,7 +1,6 @@
 """Weights of other codebases and of ours, under our names, with what they need to be used right."""
 
 import dataclasses
-import json
 import pickle
 import re
 import warnings
@@ -23,7 +22,7 @@ from i3d_gn.models.tensor_names import (
     torchvision_name,
     vgg16_names,
 )
-from i3d_gn.models.weight_files import read_weight_file, write_safetensors
+from i3d_gn.models.weight_files import WeightsInfo, read_weight_file, write_safetensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Caffe2's Kinetics models and those ported from them: 114.75 and 57.375 of 255.
@@ -33,38 +32,7 @@ _DETECTRON_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
 _TORCHVISION_ENUM = re.compile(r"(ResNet50|ResNet101|VGG16|VGG16_BN)_Weights\.\w+")
 _PYTORCHVIDEO_ZOO = "pytorchvideo/"
 _ZOO_NAMES = ("i3d_r50", "c2d_r50")
-_METADATA_KEY = "i3d_gn"
 _BN_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """What a network must be like for the weights to mean what they did.
-
-    None says that the file does not tell. The last four describe video networks, as the options of
-    `i3d_gn.models.I3D`.
-
-    Attributes:
-        source: whose weights, the naming they came in.
-        spatial_dims: 2 for kernels (O, I, H, W), 3 for (O, I, T, H, W).
-        norm: `bn` (any kind with running statistics), `gn`, `ln`, `in` or `none`.
-        num_groups, channels_per_group: of `gn`.
-        mean, std: of the input, RGB of 0..1.
-        stride_in: which convolution of a bottleneck has the stride.
-    """
-
-    source: str
-    spatial_dims: int
-    norm: str
-    num_groups: int | None = None
-    channels_per_group: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    stride_in: str | None = None
-    form: str | None = None
-    inflate: bool | None = None
-    pool_padding: int | None = None
-    paper_pools: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -87,14 +55,14 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
         ValueError: the file cannot be read, is refused, or has tensors that no known network has.
     """
     origin = "the given state dict" if isinstance(source, Mapping) else str(source)
-    metadata: dict[str, str] = {}
+    info: WeightsInfo | None = None
     from_torchvision_itself = _TORCHVISION_ENUM.fullmatch(origin) is not None
     if isinstance(source, Mapping):
         content: Any = source
     elif from_torchvision_itself or origin.startswith(_PYTORCHVIDEO_ZOO):
         content = _download(origin)
     else:
-        content, metadata = read_weight_file(source)
+        content, info = read_weight_file(source)
     tensors = _tensors_of(content, origin)
     naming = naming_of(tensors)
     if naming is None:
@@ -104,8 +72,8 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
             "Detectron (GN), video-nonlocal-net, PySlowFast, pytorchvideo, mmaction2 and i3d_gn"
         )
     renamed = _rename(tensors, naming, origin)
-    if _METADATA_KEY in metadata:
-        return Weights(renamed, _info_from_json(metadata[_METADATA_KEY], origin))
+    if info is not None:
+        return Weights(renamed, info)
     if isinstance(content, Mapping) and {"config", "input", "model"} <= content.keys():
         return Weights(renamed, _info_of_checkpoint(content, renamed))
     if naming == "caffe2_bn":
@@ -127,13 +95,9 @@ def write_weights(path: str | PathLike[str], weights: Weights, *, naming: Naming
         naming: `i3d_gn`, `torchvision` for image networks or `pytorchvideo` for video networks.
 
     Raises:
-        ValueError: a tensor has no name in that naming.
+        ValueError: a tensor has no name in that naming, or the file cannot be written.
     """
-    write_safetensors(
-        path,
-        export_names(weights.tensors, naming),
-        {_METADATA_KEY: json.dumps(dataclasses.asdict(weights.info))},
-    )
+    write_safetensors(path, export_names(weights.tensors, naming), weights.info)
 
 
 def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
@@ -162,27 +126,6 @@ def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Ten
     if unnamed:
         raise ValueError(f"{naming} has no name for {_some(unnamed)}; keep naming i3d_gn")
     return {str(renamed[name]): tensor for name, tensor in tensors.items()}
-
-
-def from_pytorchvideo(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a pytorchvideo I3D or C2D ResNet.
-
-    The zoo's `I3D_8x8_R50.pyth` holds the state dict under `model_state`; it is for
-    `i3d_resnet50("bn", form="8x8", pool_padding=1)`, C2D with `inflate=False` in addition.
-
-    Raises:
-        ValueError: a name that is none of theirs.
-    """
-    renamed = {}
-    for key, tensor in state_dict.items():
-        own = own_name(key, "pytorchvideo")
-        if own is None:
-            raise ValueError(
-                f"{key!r} is no tensor of a pytorchvideo I3D (blocks.0.conv.weight, ...); pass "
-                "the model's state dict, `model_state` in a checkpoint of its zoo"
-            )
-        renamed[own] = tensor
-    return renamed
 
 
 def _download(name: str) -> dict[str, Any]:
@@ -256,6 +199,11 @@ def _rename(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[
             "batch norm models are not supported)"
         )
     own = {str(renamed[name]): tensor for name, tensor in tensors.items()}
+    if len(own) < len(tensors):
+        twice = [name for name in tensors if list(renamed.values()).count(renamed[name]) > 1]
+        raise ValueError(
+            f"weights {origin}: {_some(twice)} are the same tensors under two names; leave one out"
+        )
     if "head.linear.weight" in own:  # a 1x1x1 convolution in fully convolutional testing
         own["head.linear.weight"] = own["head.linear.weight"].flatten(1)
     return own
@@ -296,9 +244,8 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
     if naming == "caffe2_gn":
         known = {"mean": _DETECTRON_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
     elif naming == "caffe2_bn":
+        # Of video networks both forms, and PySlowFast's with padded pools, have the same names.
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
-        if _spatial_dims(tensors) == 3:
-            known |= {"form": "long", "pool_padding": 0}
     elif naming in ("pytorchvideo", "pyslowfast"):
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
         known |= {"form": "8x8", "pool_padding": 1}
@@ -311,7 +258,8 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
         source=naming,
         spatial_dims=_spatial_dims(tensors),
         norm=norm,
-        num_groups=32 if norm == "gn" else None,
+        # Every published group norm model has 32; of bare tensors of ours nobody knows.
+        num_groups=32 if norm == "gn" and naming != "i3d_gn" else None,
         **known,
     )
 
@@ -338,19 +286,6 @@ def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor
         pool_padding=model["pool_padding"] if is_video else None,
         paper_pools=False if is_video else None,
     )
-
-
-def _info_from_json(text: str, origin: str) -> WeightsInfo:
-    try:
-        values = json.loads(text)
-        for key in ("mean", "std"):
-            values[key] = None if values[key] is None else tuple(values[key])
-        return WeightsInfo(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"weights {origin}: metadata {_METADATA_KEY!r} is not what `i3d-gn convert` writes "
-            f"({error}); convert the original again"
-        ) from error
 
 
 def _fold_input(conv1: Tensor, info: WeightsInfo) -> Tensor:

@@ -26,13 +26,18 @@ def randomised():
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Pickles as Python 2 and NumPy 1 did: byte strings, numpy.core."""
+    """Pickles as Python 2 and NumPy 1 did: byte strings, numpy.core, flags as integers."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_bytes(self, value):
-        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
-        self.memoize(value)
+        if id(value) in self.memo:  # Python has one b"" and one of each byte
+            return self.write(self.get(self.memo[id(value)][0]))
+        if self.bin:
+            self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        else:  # a literal, quoted and escaped, up to the end of the line
+            self.write(pickle.STRING + repr(value).removeprefix("b").encode() + b"\n")
+        return self.memoize(value)
 
     dispatch[bytes] = save_bytes
 
@@ -40,6 +45,11 @@ class _Python2Pickler(pickle._Pickler):
         self.save_bytes(value.encode("latin1"))
 
     dispatch[str] = save_text
+
+    def save_flag(self, value):
+        self.save_long(int(value))
+
+    dispatch[bool] = save_flag
 
     def save_global(self, obj, name=None):
         module = obj.__module__.replace("numpy._core", "numpy.core")
@@ -53,9 +63,9 @@ class _Python2Pickler(pickle._Pickler):
 
 @pytest.fixture(scope="session")
 def write_python2_pickle():
-    def write(path, content):
+    def write(path, content, protocol=2):
         with path.open("wb") as file:
-            _Python2Pickler(file, protocol=2).dump(content)
+            _Python2Pickler(file, protocol).dump(content)
 
     return write
 

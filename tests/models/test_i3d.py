@@ -311,6 +311,25 @@ def test_checkpointing_is_bit_equal(norm, stages):
         assert recomputing.res2[0].norm1.track_running_stats
 
 
+@pytest.mark.slow
+# Dynamo looks at what it resumes with after a graph break, which checkpoints of batch norm are.
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+@pytest.mark.parametrize("stages", [(), ("res2", "res4")])
+def test_compiled_steps_are_those_of_eager(norm, stages):
+    """Traced, differentiated and run as a graph; no code is generated."""
+    torch.manual_seed(0)
+    eager = i3d_tiny(norm, num_classes=3, checkpoint_stages=stages, zero_init_last_norm=False)
+    compiled = copy.deepcopy(eager)
+    compiled.compile(backend="aot_eager")
+    clips, labels = torch.randn(2, 3, 16, 56, 56), torch.arange(2)
+    loss, grads = train_step(eager, clips, labels)
+    other_loss, other_grads = train_step(compiled, clips, labels)
+    torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(other_grads, grads)
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
+
+
 def test_checkpointing_keeps_fewer_activations():
     def kept_bytes(model):
         kept = 0

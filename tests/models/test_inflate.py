@@ -6,6 +6,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from i3d_gn.models import I3D, i3d_resnet50
 from i3d_gn.models.inflate import inflate_kernel, load_imagenet_weights
+from i3d_gn.models.weight_files import WeightsInfo, write_safetensors
 
 SHALLOW = (1, 1, 1, 1)
 
@@ -268,6 +269,38 @@ def test_unknown_and_missing_keys(bn_source):
     short = {k: v for k, v in bn_source.items() if k != "layer2.0.bn3.running_var"}
     with pytest.raises(ValueError, match=r"not filled \(res3\.0\.norm3\.running_var\)"):
         load_imagenet_weights(model, short)
+
+
+def test_two_names_of_one_tensor(bn_source):
+    twice = {**bn_source, "res3.0.norm1.weight": bn_source["layer2.0.bn1.weight"] + 1}
+    with pytest.raises(
+        ValueError, match=r"1 tensors have no place in it \(res3\.0\.norm1\.weight\)"
+    ):
+        load_imagenet_weights(I3D(SHALLOW, norm="bn"), twice)
+
+
+def test_what_a_converted_file_says_is_heeded(tmp_path, bn_source, gn_source):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, bn_source, WeightsInfo("torchvision", 2, "bn", stride_in="1x1"))
+    model = I3D(SHALLOW, norm="bn")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors.*stride_in=3x3 where the weights need 1x1"
+    ):
+        load_imagenet_weights(model, path)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    load_imagenet_weights(I3D(SHALLOW, norm="bn", stride_in="1x1"), path)
+
+    write_safetensors(path, gn_source, WeightsInfo("timm", 2, "gn", num_groups=16))
+    model = I3D(SHALLOW, norm="gn")
+    with pytest.raises(ValueError, match="num_groups=32 where the weights need 16"):
+        load_imagenet_weights(model, path)
+    load_imagenet_weights(model, path, convolutions_only=True)
+
+    write_safetensors(path, gn_source, WeightsInfo("i3d_gn", 2, "ln"))
+    model = I3D(SHALLOW, norm="ln")
+    load_imagenet_weights(model, path)
+    assert torch.equal(model.norm1.weight, gn_source["bn1.weight"])
 
 
 def test_wrong_shape(bn_source):

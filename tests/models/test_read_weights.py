@@ -28,6 +28,7 @@ from i3d_gn.models.weights import (
     read_weights,
     write_weights,
 )
+from i3d_gn.norm import make_norm
 
 SHALLOW = (1, 1, 1, 1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -143,7 +144,12 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
     weights = read_weights(path)
     assert weights.info.spatial_dims == spatial_dims
     assert weights.info.mean == (0.45, 0.45, 0.45)
-    assert weights.info.form == (None if spatial_dims == 2 else "long")
+    # Models of 32 frames and of 8 have the same names, those of PySlowFast too.
+    assert (weights.info.form, weights.info.pool_padding) == (None, None)
+    if spatial_dims == 3:
+        ours = I3D(SHALLOW, norm="bn", num_classes=7, form="8x8", pool_padding=1)
+        load_pretrained(ours, path)
+        assert torch.equal(ours.res4[0].norm1.running_var, original.res4[0].norm1.running_var)
     wanted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     assert weights.tensors.keys() == wanted.keys()
     assert all(torch.equal(weights.tensors[k], v) for k, v in wanted.items())
@@ -154,7 +160,7 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
         stem = name.removesuffix("s")
         scale = blobs[name] / (blobs[stem + "riv"] + 1e-5) ** 0.5
         affine[name], affine[stem + "b"] = scale, blobs[stem + "b"] - blobs[stem + "rm"] * scale
-    write_python2_pickle(path, affine)
+    write_python2_pickle(path, affine, protocol=0)
     frozen = make(SHALLOW, norm="frozen_bn", num_classes=7)
     missing = frozen.load_state_dict(read_weights(path).tensors, strict=False)
     assert missing.missing_keys == ["head.linear.weight", "head.linear.bias"]
@@ -333,6 +339,71 @@ def test_weights_of_another_network_are_refused():
     sixteen = WeightsInfo("x", 2, "gn", channels_per_group=16)
     with pytest.raises(ValueError, match="channels_per_group=2 where the weights need 16"):
         load_pretrained(model, Weights(state, sixteen))
+
+
+@pytest.mark.parametrize(
+    ("groups", "norm"), [({"num_groups": 1}, "ln"), ({"channels_per_group": 1}, "in")]
+)
+def test_group_norm_s_extremes_by_either_name(groups, norm):
+    """[GN] Table 3 ends in layer norm and in instance norm."""
+    by_groups = functools.partial(make_norm, "gn", **groups)
+    state = randomise_norms_of(ResNet2d(SHALLOW, norm=by_groups))
+    for info in (WeightsInfo("i3d_gn", 2, "gn", **groups), WeightsInfo("i3d_gn", 2, norm)):
+        for model_norm in (by_groups, norm):
+            model = I3D(SHALLOW, norm=model_norm)
+            load_pretrained(model, Weights(state, info))
+            assert torch.equal(model.res3[0].norm2.weight, state["res3.0.norm2.weight"])
+        with pytest.raises(ValueError, match=r"where the weights need|convolutions_only=True"):
+            load_pretrained(I3D(SHALLOW, norm="gn"), Weights(state, info))
+
+
+def randomise_norms_of(network):
+    with torch.no_grad():
+        for name, tensor in network.named_parameters():
+            if "norm" in name:
+                tensor.uniform_()
+    return network.state_dict()
+
+
+def test_bare_tensors_of_ours_do_not_tell_their_groups():
+    model = functools.partial(I3D, SHALLOW, norm=functools.partial(make_norm, "gn", num_groups=8))
+    source = model()
+    randomise_norms_of(source)
+    filled_too = model()
+    _, info = load_pretrained(filled_too, source.state_dict())
+    assert (info.norm, info.num_groups) == ("gn", None)
+    assert torch.equal(filled_too.norm1.weight, source.norm1.weight)
+    timm_s = read_weights(shallow_torchvision("gn").state_dict())
+    with pytest.raises(ValueError, match="num_groups=8 where the weights need 32"):
+        load_pretrained(model(), timm_s)
+
+
+def test_messages_name_the_file(tmp_path):
+    path = tmp_path / "deep.pth"
+    torch.save(ResNet2d((1, 1, 2, 1), norm="gn").state_dict(), path)
+    with pytest.raises(ValueError, match=r"deep\.pth cannot fill the model: .*res4\.1\.conv1"):
+        load_pretrained(I3D(SHALLOW, norm="gn"), path)
+    with pytest.raises(ValueError, match=r"deep\.pth has norm 'gn' and the model 'bn'"):
+        load_pretrained(I3D((1, 1, 2, 1), norm="bn"), path)
+    info = WeightsInfo("x", 2, "gn", stride_in="1x1")
+    write_weights(path, Weights(ResNet2d(SHALLOW, norm="gn").state_dict(), info), naming="i3d_gn")
+    with pytest.raises(ValueError, match=r"deep\.pth are for another network"):
+        load_pretrained(I3D(SHALLOW, norm="gn"), path)
+
+
+def test_a_network_without_bottlenecks_is_refused():
+    for make in (torchvision.models.resnet18, torchvision.models.resnet34):
+        with torch.device("meta"):
+            state = make().state_dict()
+        with pytest.raises(ValueError, match=r"no network known here; known are ResNet-50/101"):
+            read_weights(state)
+
+
+def test_two_names_of_one_tensor():
+    state = shallow_torchvision("gn").state_dict()
+    state["layer2.0.gn1.weight"] = state["layer2.0.bn1.weight"] + 1
+    with pytest.raises(ValueError, match=r"layer2\.0\.bn1\.weight, layer2\.0\.gn1\.weight are the"):
+        read_weights(state)
 
 
 def test_a_head_of_other_classes_stays_at_its_start():

@@ -2,13 +2,15 @@
 
 import os
 import pickle
+import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from i3d_gn.models.weight_files import read_weight_file, write_safetensors
+from i3d_gn.models.weight_files import WeightsInfo, read_weight_file, write_safetensors
 from i3d_gn.models.weights import read_weights
 
 
@@ -34,24 +36,39 @@ def test_the_first_bytes_tell_the_format(tmp_path):
     tensors = {"a": torch.arange(3.0)}
     torch.save(tensors, tmp_path / "1")
     torch.save(tensors, tmp_path / "2", _use_new_zipfile_serialization=False)
-    safetensors.torch.save_file(tensors, tmp_path / "3", metadata={"k": "v"})
+    info = WeightsInfo("torchvision", 2, "bn", mean=(0.1, 0.2, 0.3))
+    write_safetensors(tmp_path / "3", tensors, info)
+    safetensors.torch.save_file(tensors, tmp_path / "4", metadata={"k": "v"})
     for protocol in (0, 2, 4):
         content = pickle.dumps({"blobs": {"a": np.arange(3.0), "lr": 0.1}}, protocol)
         (tmp_path / f"p{protocol}.pkl").write_bytes(content)
         assert read_weight_file(tmp_path / f"p{protocol}.pkl")[0]["a"].tolist() == [0, 1, 2]
-    for name in "123":
-        content, metadata = read_weight_file(tmp_path / name)
+    for name in "1234":
+        content, what_it_says = read_weight_file(tmp_path / name)
         assert content["a"].tolist() == [0, 1, 2]
-        assert metadata == ({"k": "v"} if name == "3" else {})
+        assert what_it_says == (info if name == "3" else None)
 
 
-def test_scalars_and_python2_strings(write_python2_pickle, tmp_path):
-    blobs = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "lr": np.float32(0.25)}
-    write_python2_pickle(tmp_path / "w.pkl", blobs)
-    content, _ = read_weight_file(tmp_path / "w.pkl")
-    assert np.array_equal(content["x"], blobs["x"])
-    assert content["lr"] == 0.25
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+def test_python2_pickles(write_python2_pickle, tmp_path, protocol):
+    numbers = np.random.default_rng(0).normal(size=(5, 3, 2))
+    blobs = {
+        "single": numbers.astype(np.float32),
+        "half": numbers.astype(np.float16),
+        "big_endian": numbers.astype(">f4"),
+        "fortran": np.asfortranarray(numbers),
+        "counts": np.arange(7),
+        "empty": np.zeros((0, 3)),
+        "no_dimensions": np.array(0.5),
+    }
+    write_python2_pickle(tmp_path / "w.pkl", {**blobs, "lr": np.float32(0.25)}, protocol)
     assert b"numpy.core.multiarray" in (tmp_path / "w.pkl").read_bytes()
+    content, _ = read_weight_file(tmp_path / "w.pkl")
+    assert content.pop("lr") == 0.25
+    assert content.keys() == blobs.keys()
+    for name, array in blobs.items():
+        assert content[name].dtype == array.dtype.newbyteorder("=")
+        assert np.array_equal(content[name], array), name
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,9 @@ def test_a_pickle_that_calls_anything_is_refused_by_name(
 def test_arrays_of_objects_and_odd_contents_are_refused(tmp_path):
     path = tmp_path / "w.pkl"
     for content, line in (
-        ({"x": np.array([{}, []], dtype=object)}, "x is an array of object"),
+        ({"x": np.array([{}, []], dtype=object)}, "an array of 'O8', refused"),
+        ({"x": [np.array(["text"])]}, "an array of 'U4', refused"),
+        ({"x": np.zeros(2, [("a", "f4"), ("b", "O")])}, "an array of 'V12', refused"),
         ([1, 2], "a pickle of list"),
         ({1: np.zeros(2)}, "not of Caffe2 blobs by name"),
     ):
@@ -87,6 +106,120 @@ def test_arrays_of_objects_and_odd_contents_are_refused(tmp_path):
         assert line in refusal(path)
     path.write_bytes(b"\x80\x02U\x01xQ.")  # a persistent id
     assert "objects outside it" in refusal(path)
+
+
+def name_of(module, name):
+    return b"c" + f"{module}\n{name}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        # getattr(__import__("os"), "system")("touch ran"), and other ways to name a function
+        (
+            name_of("__builtin__", "getattr")
+            + b"("
+            + name_of("__builtin__", "__import__")
+            + b"(U\x02ostRU\x06systemtR(U\ttouch rantR",
+            "__builtin__.getattr, refused",
+        ),
+        (name_of("numpy.core.multiarray", "_reconstruct.__globals__"), "__globals__, refused"),
+        (b"(U\ttouch ranios\nsystem\n", "os.system, refused"),
+        (b"\x8c\x02os\x8c\x06system\x93U\ttouch ran\x85R", "os.system, refused"),
+        (b"\x82\x01", "unregistered extension code 1"),
+        # An array as large as it says, without any bytes: memory that was somebody else's.
+        (name_of("numpy", "ndarray") + b"(J\xff\xff\xff\x0ftR", "takes no arguments"),
+        (name_of("numpy", "ndarray") + b")\x81", "cannot be read"),
+        # Attributes of the objects read, in place of the methods called on them.
+        (name_of("collections", "OrderedDict") + b")R}U\x05itemsK\x01sb", "no attribute"),
+        # A type whose state says that its numbers are references to objects.
+        (
+            name_of("numpy.core.multiarray", "_reconstruct")
+            + b"("
+            + name_of("numpy", "ndarray")
+            + b"K\x00\x85U\x01btR(K\x01K\x01\x85"
+            + name_of("numpy", "dtype")
+            + b"(U\x02O8K\x00K\x01tR",
+            "an array of 'O8', refused",
+        ),
+        (
+            name_of("numpy.core.multiarray", "scalar")
+            + b"("
+            + name_of("numpy", "dtype")
+            + b"(U\x02f8K\x00K\x01tRU\x02abtR",
+            "cannot be read",
+        ),
+    ],
+)
+def test_hostile_programs(program, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pkl"
+    path.write_bytes(b"\x80\x02}U\x01x" + program + b"s.")
+    assert line in refusal(path)
+    path.write_bytes(b"\x80\x02" + program + b".")
+    refusal(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_state_that_is_no_byte_order_changes_no_type(tmp_path):
+    """State of a NumPy type: version, byte order, ..., flags, of which 63 means objects."""
+    state = b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
+    for copies in (0, 1):
+        program = name_of("numpy", "dtype") + b"(U\x02f8K\x00" + bytes([75, copies]) + b"tR" + state
+        (tmp_path / "w.pkl").write_bytes(b"\x80\x02}U\x01x" + program + b"s.")
+        read_weight_file(tmp_path / "w.pkl")
+        assert np.dtype("f8").isnative
+        assert not np.dtype("f8").hasobject
+
+
+def test_a_high_memo_index_takes_no_memory(tmp_path):
+    path = tmp_path / "w.pkl"
+    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 1 << 24) + b"U\x01xK\x01s.")
+    tracemalloc.start()
+    try:
+        assert read_weight_file(path) == ({"x": 1}, None)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_files_that_call_anything_are_refused_by_name(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    for content, name in (
+        ({"x": Runs(os.system, "touch ran")}, f"{os.system.__module__}.system"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ):
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        line = refusal(path)
+        assert f"calls {name}, refused" in line
+        assert "weights_only" not in line  # torch's advice to do without
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl", "safetensors", "bin"])
+def test_what_is_no_weight_file(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    assert "no such file" in refusal(path)
+    path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>")
+    assert "a web page, not weights" in refusal(path)
+    path.write_text('{"error": "rate limit exceeded"}')
+    assert "cannot be read" in refusal(path)
+    path.unlink()
+    path.mkdir()
+    assert "is a directory" in refusal(path)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    tensors, info = {"a": torch.zeros(1)}, WeightsInfo("x", 2, "bn")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "file" / "w"):
+        with pytest.raises(ValueError, match=r"cannot be written .*; give the path") as error:
+            write_safetensors(path, tensors, info)
+        assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_every_truncation_is_one_line(tmp_path):
@@ -104,8 +237,8 @@ def test_every_truncation_is_one_line(tmp_path):
 
 
 def test_damaged_metadata(tmp_path):
-    tensors = {"layer1.0.conv1.weight": torch.zeros(1)}
+    tensors = {"layer1.0.conv3.weight": torch.zeros(1)}
     for text in ("{", "{}", '{"mean": null, "std": null, "colour": 3}'):
-        write_safetensors(tmp_path / "w", tensors, {"i3d_gn": text})
+        safetensors.torch.save_file(tensors, tmp_path / "w", metadata={"i3d_gn": text})
         with pytest.raises(ValueError, match=r"convert the original again"):
             read_weights(tmp_path / "w")
