@@ -46,8 +46,14 @@ def build_model(config: Config) -> I3D:
         zero_init_last_norm=model.zero_init_last_norm,
         checkpoint_stages=model.checkpoint_stages,
     )
-    clip = config.clip
-    built.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)  # raises if too small
+    clip, side = config.clip, config.test.short_side
+    # Raises if clips are too small, in training or in testing.
+    window = built.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
+    if built.feature_size(clip.num_frames, side, side) < window:
+        raise ConfigError(
+            f"test.short_side {side} is too small for a network trained on crops of "
+            f"clip.crop_size {clip.crop_size}; make it at least {clip.crop_size}"
+        )
     return built
 
 

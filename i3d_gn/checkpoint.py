@@ -22,6 +22,13 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
+def checkpoint_step(path: Path) -> int:
+    """1000 for `step_00001000.pt`."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def save_checkpoint(folder: Path, *, step: int, contents: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` atomically; then remove all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,7 +95,7 @@ class TrainConfig:
     log_every: int = 20
     validate_every: int = 10_000
     validate_multi_clip: bool = False  # also test with `test`'s clips at each validation
-    precise_bn_iterations: int = 200  # before validation; only batch norm has use for it
+    precise_bn_iterations: int = 200  # global batches, before validation; only BN has use for it
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
 
@@ -133,6 +135,7 @@ MACHINE_KEYS = frozenset(
         "data.num_workers",
         "train.log_every",
         "train.checkpoint_every",
+        "train.checkpoint_every_epochs",
         "train.keep_checkpoints",
         "test.clips_per_forward",
     }
@@ -163,38 +166,41 @@ def load_typed(
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
-    text = path.read_text(encoding="utf-8")
     try:
-        root = yaml.compose(text)
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        root, values = yaml.compose(text), OmegaConf.create(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `key: value` lines at top level")
-    lines = dict(_key_lines(root))
-    for key, line in lines.items():
+    lines: dict[str, int] = {}
+    for key, line in _key_lines(root):
         _check_key(key, f"{path}:{line}", schema)
+        if key in lines:  # once nested, once with a dot
+            raise ConfigError(f"{path}:{line}: {key} was already set in line {lines[key]}")
+        lines[key] = line
+    merged = _writable_schema(schema)
+    for key, value in _flatten(_plain(values)):
+        _assign(merged, key, value, f"{path}:{lines[key]}", schema)
     for override in overrides:
+        where = f"override {override!r}"
         key, equals, _ = override.partition("=")
         if not equals:
-            raise ConfigError(f"override {override!r}: expected key=value, e.g. train.lr=0.02")
-        _check_key(key, f"override {override!r}", schema)
+            raise ConfigError(f"{where}: expected key=value, e.g. train.lr=0.02")
+        _check_key(key, where, schema)
+        try:
+            values = OmegaConf.from_dotlist([override])
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        for inner_key, value in _flatten(_plain(values)):
+            _assign(merged, inner_key, value, where, schema)
     try:
-        merged = OmegaConf.merge(
-            _writable_schema(schema),
-            OmegaConf.create(text),
-            OmegaConf.from_dotlist(list(overrides)),
-        )
         missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{path}: no value for {', '.join(missing)}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
-        first_line = str(error.msg or error).splitlines()[0]
-        where = f"{path}:{lines[key]}" if key in lines else str(path)
-        if any(override.startswith(f"{key}=") for override in overrides):
-            where = "override"
-        raise ConfigError(f"{where}: {key + ': ' if key else ''}{first_line}") from error
+        raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
     assert isinstance(config, schema)
     check(config, path)
     return config
@@ -246,18 +252,44 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _writable_schema(schema: type) -> Any:
     structured = OmegaConf.structured(schema)
     OmegaConf.set_readonly(structured, False)  # frozen dataclasses come out read-only
-    for section in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(section.type):
-            OmegaConf.set_readonly(structured[section.name], False)
+    for section in _sections(schema):
+        OmegaConf.set_readonly(structured[section], False)
     return structured
 
 
+def _plain(values: Any) -> dict[str, Any]:
+    container = OmegaConf.to_container(values)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def _assign(config: Any, key: str, value: Any, where: str, schema: type) -> None:
+    """Set `key` of `config`, which knows its type; `where` is where the value was given."""
+    _check_key(key, where, schema)
+    if key in _sections(schema):
+        raise ConfigError(f"{where}: {key} is {value!r}; it is a section, set {key}.<key> instead")
+    try:
+        OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, TypeError) as error:
+        # OmegaConf leaves its template unfilled where an element of a tuple is wrong.
+        reason = _first_line(error).replace("$VALUE_TYPE", type(value).__name__)
+        reason = reason.replace("$VALUE", str(value))
+        raise ConfigError(f"{where}: {key}: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "msg", None) or error).splitlines()[0]
+
+
+def _sections(schema: type) -> dict[str, Any]:
+    """Name -> dataclass of the keys that have keys below them."""
+    return {f.name: f.type for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.type)}
+
+
 def _known_keys(schema: type) -> set[str]:
-    keys = set()
-    for top in dataclasses.fields(schema):
-        keys.add(top.name)
-        if dataclasses.is_dataclass(top.type):
-            keys |= {f"{top.name}.{inner.name}" for inner in dataclasses.fields(top.type)}
+    keys = {top.name for top in dataclasses.fields(schema)}
+    for name, section in _sections(schema).items():
+        keys |= {f"{name}.{inner.name}" for inner in dataclasses.fields(section)}
     return keys
 
 
@@ -274,62 +306,110 @@ def _check_key(key: str, where: str, schema: type) -> None:
     if key in known:
         return
     last_parts = {k.rpartition(".")[2]: k for k in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    candidates = known - set(_sections(schema)) if "." in key else known
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
     same_name = last_parts.get(key.rpartition(".")[2])
     nearest = same_name or (near[0] if near else None)
-    hint = f"; did you mean {nearest!r}?" if nearest else f"; sections are {_sections(schema)}"
-    raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+    if nearest:
+        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+    section = key.rpartition(".")[0]
+    beside = sorted(k for k in known if k.rpartition(".")[0] == section)
+    keys = beside or sorted(k for k in known if "." not in k)
+    raise ConfigError(f"{where}: unknown key {key!r}; there are {', '.join(keys)}")
 
 
-def _sections(schema: type) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(schema))
+def check_numbers(
+    config: Any,
+    path: Path,
+    *,
+    at_least_1: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    up_to_1: Sequence[str] = (),
+) -> None:
+    """Check the ranges of numbers, and of all numbers of a list, by their keys.
+
+    Raises:
+        ConfigError: a number, not None, is out of its range, infinite or not a number.
+    """
+    rules: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
+        (at_least_1, lambda number: number >= 1, "be at least 1"),
+        (positive, lambda number: number > 0, "be positive"),
+        (not_negative, lambda number: number >= 0, "not be negative"),
+        (up_to_1, lambda number: 0 <= number <= 1, "lie in [0, 1]"),
+    )
+    for keys, holds, rule in rules:
+        for key in keys:
+            value = attrgetter(key)(config)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not (holds(number) and math.isfinite(number)):
+                    raise ConfigError(f"{path}: {key} is {number}; it must {rule}")
+
+
+def check_sgd(config: Any, path: Path) -> None:
+    """Check what `train` says of the optimiser, whatever it trains.
+
+    Raises:
+        ConfigError: a value is out of its range, or does not go with the others.
+    """
+    recipe = config.train
+    check_numbers(
+        config,
+        path,
+        at_least_1=("train.lr_batch_size", "train.milestones"),
+        not_negative=("train.lr", "train.weight_decay", "train.norm_weight_decay"),
+    )
+    if not 0 <= recipe.momentum < 1:
+        raise ConfigError(f"{path}: train.momentum is {recipe.momentum}; it must lie in [0, 1)")
+    if recipe.nesterov and not recipe.momentum:
+        raise ConfigError(
+            f"{path}: train.nesterov needs momentum and train.momentum is 0; set "
+            "train.nesterov=false or a momentum"
+        )
+    if list(recipe.milestones) != sorted(set(recipe.milestones)):
+        raise ConfigError(f"{path}: train.milestones {list(recipe.milestones)} must increase")
 
 
 def _check_values(config: Config, path: Path) -> None:
     """Constraints that types do not express."""
-    positive = {
-        "model.num_classes": config.model.num_classes,
-        "clip.num_frames": config.clip.num_frames,
-        "clip.crop_size": config.clip.crop_size,
-        "train.steps": config.train.steps,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.clips_per_gpu": config.train.clips_per_gpu,
-        "train.lr_batch_size": config.train.lr_batch_size,
-        "train.log_every": config.train.log_every,
-        "train.validate_every": config.train.validate_every,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.keep_checkpoints": config.train.keep_checkpoints,
-        "train.precise_bn_iterations": config.train.precise_bn_iterations,
-        "test.num_clips": config.test.num_clips,
-        "test.short_side": config.test.short_side,
-        "test.clips_per_forward": config.test.clips_per_forward,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{path}: {key} is {value}; it must be at least 1")
-    not_negative = {
-        "clip.stride": config.clip.stride,
-        "train.lr": config.train.lr,
-        "train.warmup_steps": config.train.warmup_steps,
-        "train.weight_decay": config.train.weight_decay,
-        "train.norm_weight_decay": config.train.norm_weight_decay,
-        "data.max_broken_clips": config.data.max_broken_clips,
-        "data.num_workers": config.data.num_workers or 0,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{path}: {key} is {value}; it must not be negative")
-    for key, value in {
-        "model.dropout": config.model.dropout,
-        "clip.flip_probability": config.clip.flip_probability,
-    }.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{path}: {key} is {value}; it must lie in [0, 1]")
+    check_numbers(
+        config,
+        path,
+        at_least_1=(
+            "model.num_classes",
+            "model.num_groups",
+            "model.channels_per_group",
+            "clip.num_frames",
+            "clip.crop_size",
+            "train.steps",
+            "train.global_batch_size",
+            "train.clips_per_gpu",
+            "train.log_every",
+            "train.validate_every",
+            "train.checkpoint_every",
+            "train.keep_checkpoints",
+            "train.precise_bn_iterations",
+            "test.num_clips",
+            "test.short_side",
+            "test.clips_per_forward",
+        ),
+        positive=("train.clip_grad_norm", "data.std"),
+        not_negative=(
+            "seed",
+            "clip.stride",
+            "train.warmup_steps",
+            "data.max_broken_clips",
+            "data.num_workers",
+            "data.mean",
+        ),
+        up_to_1=("model.dropout", "clip.flip_probability"),
+    )
+    check_sgd(config, path)
     clip = config.clip
     if not clip.crop_size <= clip.short_side_min <= clip.short_side_max:
         raise ConfigError(
-            f"{path}: clip.crop_size {clip.crop_size}, short_side_min {clip.short_side_min}, "
-            f"short_side_max {clip.short_side_max}: they must not decrease in this order"
+            f"{path}: clip.crop_size {clip.crop_size}, clip.short_side_min {clip.short_side_min}, "
+            f"clip.short_side_max {clip.short_side_max}: they must not decrease in this order"
         )
     if config.test.spatial != "full" and config.test.short_side < clip.crop_size:
         raise ConfigError(
@@ -337,8 +417,8 @@ def _check_values(config: Config, path: Path) -> None:
             f"{clip.crop_size}, which test.spatial={config.test.spatial} cuts from it"
         )
     for key, value in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
-        if value is not None and (len(value) != 3 or (key == "data.std" and min(value) <= 0)):
-            raise ConfigError(f"{path}: {key} is {list(value)}; it takes three numbers (std > 0)")
+        if value is not None and len(value) != 3:
+            raise ConfigError(f"{path}: {key} is {list(value)}; it takes three numbers")
     if config.model.num_groups is not None and config.model.channels_per_group is not None:
         raise ConfigError(f"{path}: give model.num_groups or model.channels_per_group, not both")
     if config.train.global_batch_size % config.train.clips_per_gpu:
@@ -346,7 +426,5 @@ def _check_values(config: Config, path: Path) -> None:
             f"{path}: train.global_batch_size {config.train.global_batch_size} is not a multiple "
             f"of train.clips_per_gpu {config.train.clips_per_gpu}"
         )
-    if list(config.train.milestones) != sorted(set(config.train.milestones)):
-        raise ConfigError(f"{path}: train.milestones {list(config.train.milestones)} must increase")
     if config.train.schedule == "cosine" and config.train.milestones:
         raise ConfigError(f"{path}: train.milestones have no meaning with train.schedule cosine")

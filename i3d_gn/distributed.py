@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,22 @@ def sum_over_world(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def same_everywhere(value: int, world: World) -> bool:
+    """Whether all processes bring the same number."""
+    if not dist.is_initialized():
+        return True
+    largest = torch.tensor([value, -value], device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest[0]) == -int(largest[1])
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite `tensors` with those of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:

@@ -24,6 +24,7 @@ from i3d_gn.checkpoint import (
 )
 from i3d_gn.command_line import run_command
 from i3d_gn.config import Config, config_hash, differences, load_config, to_dict
+from i3d_gn.data.index import VideoIndex
 from i3d_gn.distributed import World, join_world
 from i3d_gn.models import I3D
 from i3d_gn.multi_clip import TestOutcome, evaluate_videos
@@ -77,6 +78,15 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
     load_model_state(model, saved["model"], path=checkpoint)
     model.to(world.device)
     index_path = config.data.val_index
+    index = build.load_index(index_path, config)
+    trained_on = saved.get("class_names", index.class_names)
+    for label, (there, here) in enumerate(zip(trained_on, index.class_names, strict=True)):
+        if there != here:
+            raise CheckpointError(
+                f"{checkpoint}: was trained on other classes than those of {index_path}: class "
+                f"{label} is {there!r} there and {here!r} here; make the index again with "
+                "--label-map and the index it was trained on"
+            )
     identity = [config_hash(config), file_sha256(checkpoint), file_sha256(index_path)]
     settings = config.test
     folder = Path(config.output_dir) / (
@@ -84,6 +94,7 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
     )
     outcome = evaluate_model(
         model,
+        index,
         config,
         world,
         folder=folder,
@@ -119,6 +130,7 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
 
 def evaluate_model(
     model: I3D,
+    index: VideoIndex,
     config: Config,
     world: World,
     *,
@@ -127,10 +139,9 @@ def evaluate_model(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> TestOutcome | None:
-    """Multi-clip testing of the validation videos with the network as it is."""
+    """Multi-clip testing of the index's videos with the network as it is."""
     clip = config.clip
     _, *window = model.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
-    index = build.load_index(config.data.val_index, config)
     return evaluate_videos(
         model,
         build.videos_to_test(index, config),

@@ -114,7 +114,7 @@ def evaluate_videos(
 
     Raises:
         RuntimeError: the processes do not see the same `folder`.
-        ValueError: not one video could be decoded.
+        ValueError: not one video could be decoded, or scores are not finite.
     """
     parts = folder / "parts" / tag
     parts.mkdir(parents=True, exist_ok=True)
@@ -162,6 +162,14 @@ def _merge(parts: Path, index: VideoIndex, folder: Path) -> TestOutcome:
     if not scored:
         raise ValueError(f"none of {len(scores)} videos could be decoded: {scores[0].broken}")
     matrix = np.stack([row for _, row in scored])
+    bad = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
+    if len(bad):
+        first = scored[int(bad[0])][0].video
+        raise ValueError(
+            f"{len(bad)} of {len(matrix)} videos have scores that are not finite, the first "
+            f"is {index.paths[first]}: the network diverged, or its arithmetic overflowed; test an "
+            "earlier checkpoint, or with train.precision=fp32"
+        )
     metrics = video_metrics(matrix, np.array([s.label for s, _ in scored]))
     table = pa.table(
         {

@@ -21,9 +21,7 @@ class RunLog:
         kept = [line for line in read_log(self.path) if line["step"] <= last_step]
         write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(output_dir / "tensorboard"), purge_step=last_step + 1 if last_step else None
-        )
+        self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=last_step + 1)
 
     def write(
         self, kind: str, step: int, values: dict[str, Any], timing: dict[str, float] | None = None
@@ -42,6 +40,14 @@ class RunLog:
         for name, value in {**values, **(timing or {})}.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Bring both to the disk, so that no checkpoint outlives the lines before it.
+
+        TensorBoard's writer has a queue and, with TensorFlow installed, a buffer of two minutes.
+        """
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush and close both."""

@@ -101,6 +101,8 @@ def run_steps(
         if done % checkpoint_every == 0 or done == steps.stop:
             _stop_if_diverged(trainer, checkpoints, parameters=True)
             trainer_state = trainer.state()
+            if log is not None:
+                log.flush()
             if world.is_main:
                 path = save_checkpoint(
                     checkpoints,

@@ -10,6 +10,7 @@ Started again, it goes on after the newest checkpoint as if it had never stopped
 import argparse
 import contextlib
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from i3d_gn import build
-from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint, load_model_state
+from i3d_gn.checkpoint import load_checkpoint, load_model_state
 from i3d_gn.command_line import run_command
 from i3d_gn.config import Config, ConfigError, load_config, to_dict, to_yaml
 from i3d_gn.data.index import VideoIndex
@@ -30,7 +31,7 @@ from i3d_gn.data.loader import (
     micro_batches_per_process,
 )
 from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import World, join_world
+from i3d_gn.distributed import World, join_world, wait_for_all
 from i3d_gn.evaluate import evaluate_model
 from i3d_gn.models import I3D
 from i3d_gn.optim import build_sgd, learning_rate
@@ -85,7 +86,7 @@ def train(config: Config, world: World) -> None:
             f"{config.data.train_index} and {config.data.val_index} number their classes "
             "differently; make the second with --label-map and the first"
         )
-    claim_output_dir(output_dir, config, world)
+    resume_from = claim_output_dir(output_dir, config, world)
 
     # The network and where it stands.
     torch.manual_seed(config.seed)
@@ -107,7 +108,6 @@ def train(config: Config, world: World) -> None:
         world_size=world.size,
     )
     first_step, num_broken, saved = 0, 0, None
-    resume_from = latest_checkpoint(checkpoints)
     if resume_from is None:
         mean, std = build.load_starting_weights(model, config)
     else:
@@ -154,6 +154,7 @@ def train(config: Config, world: World) -> None:
             "optimizer": optimizer.state_dict(),
             "config": to_dict(config),
             "input": {"mean": list(mean), "std": list(std)},
+            "class_names": list(train_index.class_names),
         }
 
     with contextlib.ExitStack() as stack:
@@ -215,7 +216,7 @@ def _validate(
         order = ShuffledMicroBatches(
             len(train_index),
             seed=config.seed,
-            global_batch_size=recipe.clips_per_gpu * world.size,
+            global_batch_size=recipe.global_batch_size,
             clips_per_gpu=recipe.clips_per_gpu,
             rank=world.rank,
             world_size=world.size,
@@ -223,7 +224,9 @@ def _validate(
             last_step=recipe.precise_bn_iterations,
         )
         clips = build.random_clips(train_index, config, stream=Stream.PRECISE_BN_CLIP, salt=step)
-        reestimate_bn_statistics(model, build.clip_loader(clips, order, world, config), to_device)
+        batches = build.clip_loader(clips, order, world, config)
+        for line in reestimate_bn_statistics(model, batches, to_device):
+            logger.warning("left out of BN's statistics: %s", line)
     each_video = EachVideoOnce(
         len(val_index), clips_per_gpu=recipe.clips_per_gpu, rank=world.rank, world_size=world.size
     )
@@ -238,11 +241,16 @@ def _validate(
             step, recipe.steps, values["loss"], values["top1"], values["top5"],
         )  # fmt: skip
     if recipe.validate_multi_clip:
+        folder = Path(config.output_dir) / f"val_step_{step:08d}"
+        if world.is_main:  # scores of a run that was stopped in here are of other weights
+            shutil.rmtree(folder, ignore_errors=True)
+        wait_for_all()
         outcome = evaluate_model(
             model,
+            val_index,
             config,
             world,
-            folder=Path(config.output_dir) / f"val_step_{step:08d}",
+            folder=folder,
             tag=f"step_{step:08d}",
             mean=to_device.mean,
             std=to_device.std,

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint, load_model_state
+from i3d_gn.checkpoint import load_checkpoint, load_model_state
 from i3d_gn.command_line import run_command
 from i3d_gn.config import to_dict, to_yaml
 from i3d_gn.data.images import CenterImages, LabelledImages, TrainingImages
@@ -117,6 +117,12 @@ def train_imagenet(config: ImagenetConfig, world: World) -> None:
     checkpoints = output_dir / "checkpoints"
     train_images = _load_images(config.data.train_folder, config)
     val_images = _load_images(config.data.val_folder, config)
+    if train_images.class_names != val_images.class_names:
+        differing = sorted({*train_images.class_names} ^ {*val_images.class_names})
+        raise ValueError(
+            f"{config.data.train_folder} and {config.data.val_folder} hold other classes: "
+            f"{differing[0]!r} is in one of them alone; class ids are positions in the sorted names"
+        )
     steps_per_epoch = len(train_images) // recipe.global_batch_size
     if not steps_per_epoch:
         raise ValueError(
@@ -125,7 +131,7 @@ def train_imagenet(config: ImagenetConfig, world: World) -> None:
         )
     steps = recipe.epochs * steps_per_epoch
     per_forward = _images_per_forward(config, world)
-    claim_output_dir(output_dir, config, world)
+    resume_from = claim_output_dir(output_dir, config, world)
 
     # The network and where it stands.
     torch.manual_seed(config.seed)
@@ -141,7 +147,6 @@ def train_imagenet(config: ImagenetConfig, world: World) -> None:
         norm_weight_decay=recipe.norm_weight_decay,
     )
     first_step, saved = 0, None
-    resume_from = latest_checkpoint(checkpoints)
     if resume_from is not None:
         saved = load_checkpoint(resume_from)
         load_model_state(model, saved["model"], path=resume_from)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from i3d_gn.data.kinetics import ClipBatch, Stream
 from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import sum_over_world
+from i3d_gn.distributed import copy_from_main, sum_over_world
 from i3d_gn.metrics import RunningMetrics
 
 
@@ -146,9 +146,12 @@ def validate(
 ) -> tuple[dict[str, float], list[str]]:
     """Loss and accuracy over clips ([GN] Fig. 7: one clip a video, augmented as in training).
 
+    Running statistics are worker 0's in all processes, as a checkpoint has them.
+
     Returns `RunningMetrics.read_and_reset()` over all processes, and this one's broken clips.
     """
     model.eval()
+    copy_from_main(model.buffers())
     metrics = RunningMetrics(to_device.device)
     broken: list[str] = []
     for batch in batches:
@@ -171,14 +174,20 @@ def batch_norm_layers(model: nn.Module) -> list[_BatchNorm]:
 @torch.no_grad()
 def reestimate_bn_statistics(
     model: nn.Module, batches: Iterable[ClipBatch], to_device: DeviceClips
-) -> None:
+) -> list[str]:
     """Precise BN: the running statistics become those of all `batches` together.
 
     The exponential average lags behind the weights, so [NL] re-estimates before testing. Mean and
     variance are the population's (Wu & Johnson, arXiv:2105.07576, appendix): between batches too,
-    which matters when a batch is two clips. Every process brings equally many equal batches.
+    which matters when a batch is two clips. Batches count alike, but for those without any clip.
+
+    Returns this process's broken clips.
     """
     layers = batch_norm_layers(model)
+    batches_tracked = [
+        None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
+        for layer in layers
+    ]
     moments = [
         torch.zeros(2, layer.num_features, dtype=torch.float64, device=to_device.device)
         for layer in layers
@@ -199,15 +208,22 @@ def reestimate_bn_statistics(
     ]
     model.train()
     num_batches = torch.zeros((), dtype=torch.float64, device=to_device.device)
+    broken: list[str] = []
     for batch in batches:
+        broken += batch.broken
+        if not batch.weights.any():
+            continue
         with to_device.autocast():
             model(to_device(batch.clips))
         num_batches += 1
     for hook in hooks:
         hook.remove()
     sum_over_world(num_batches)
-    for layer, total in zip(layers, moments, strict=True):
+    for layer, total, tracked in zip(layers, moments, batches_tracked, strict=True):
         mean, square = sum_over_world(total) / num_batches
         assert layer.running_mean is not None and layer.running_var is not None
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(square - mean**2)
+        if layer.num_batches_tracked is not None and tracked is not None:
+            layer.num_batches_tracked.copy_(tracked)  # Batch Renorm's schedule goes by it
+    return broken

@@ -15,6 +15,7 @@ from i3d_gn.config import (
     to_dict,
     to_yaml,
 )
+from i3d_gn.optim import learning_rate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ALL = sorted(REPOSITORY.glob("configs/**/*.yaml"))
@@ -41,6 +42,15 @@ def test_every_shipped_config_builds_on_meta(path):
         clip = config.clip
         shape = (1, 3, clip.num_frames, clip.crop_size, clip.crop_size)
         assert model(torch.empty(shape)).shape == (1, config.model.num_classes)
+
+
+def test_a_test_too_small_for_the_training_crop_is_found_before_training():
+    config = load_config(TABLE_8[0], ["test.short_side=112"])
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match="test.short_side 112 is too small .* at least 224"),
+    ):
+        build.build_model(config)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -98,6 +108,31 @@ def test_hash_changes_with_what_changes_results_alone(tmp_path):
     assert base != config_hash(load_config(path, ["seed=1"]))
 
 
+def test_table_8_runs_at_the_learning_rates_of_the_linear_rule():
+    expected = {8: [0.01, 0.001, 0.0001], 4: [0.005, 0.0005, 0.00005]}
+    for path in TABLE_8:
+        recipe = load_config(path).train
+        drops = (0, *recipe.milestones)
+        rates = [
+            learning_rate(
+                step,
+                steps=recipe.steps,
+                lr=recipe.lr,
+                lr_batch_size=recipe.lr_batch_size,
+                global_batch_size=recipe.global_batch_size,
+                schedule=recipe.schedule,
+                milestones=recipe.milestones,
+                warmup_steps=recipe.warmup_steps,
+            )
+            for step in drops
+        ]
+        assert rates == pytest.approx(expected[recipe.clips_per_gpu])
+        assert (recipe.weight_decay, recipe.norm_weight_decay) == (1e-4, 0)
+        assert (recipe.momentum, recipe.nesterov) == (0.9, True)
+        assert recipe.precise_bn_iterations == 200
+        assert load_config(path).model.dropout == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -119,6 +154,17 @@ def test_hash_changes_with_what_changes_results_alone(tmp_path):
         (MINIMAL + "model: {num_groups: 8, channels_per_group: 8}", r"not both"),
         (MINIMAL + "clip: {num_frames: 0}", r"clip.num_frames is 0; it must be at least 1"),
         (MINIMAL + "model: {dropout: 1.5}", r"model.dropout is 1.5; it must lie in \[0, 1\]"),
+        (MINIMAL + "seed: -1", r"config.yaml: seed is -1; it must not be negative"),
+        (MINIMAL + "model: bn", r"config.yaml:5: model is 'bn'; it is a section, set model.<key>"),
+        (MINIMAL + "model:", r"config.yaml:5: model is None; it is a section"),
+        (MINIMAL + "data.mean: [1, 2, x]", r"config.yaml:5: data.mean: .*could not be.* to Float"),
+        (MINIMAL + "train.lr: 3", r"config.yaml:5: train.lr was already set in line 4"),
+        (MINIMAL + "seed: ${nowhere}", r"config.yaml: seed: Interpolation key 'nowhere' not found"),
+        (
+            MINIMAL + "test: {zzz: 1}",
+            r"config.yaml:5: unknown key 'test.zzz'; there are test\.",
+        ),
+        (MINIMAL + "zzz: 1", r"unknown key 'zzz'; there are clip, data, model, output_dir, seed"),
     ],
 )
 def test_a_wrong_config_is_one_clear_line(tmp_path, text, message):
@@ -138,12 +184,37 @@ def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
     [
         ("train.lr", "expected key=value"),
         ("train.lrr=1", "did you mean 'train.lr'"),
-        ("train.lr=fast", "override: train.lr: .*Float"),
+        ("train.lr=fast", "override 'train.lr=fast': train.lr: .*Float"),
+        ("train.lr=[", r"override 'train.lr=\[': not YAML"),
+        ("train.milestones={a: 1}", "unknown key 'train.milestones.a'; did you mean 'train.mile"),
+        ("model={nrom: bn}", "unknown key 'model.nrom'; did you mean 'model.norm'"),
+        ("data=5", "override 'data=5': data is 5; it is a section, set data.<key> instead"),
+        ("train.lr=.nan", "train.lr is nan; it must not be negative"),
+        ("train.lr=.inf", "train.lr is inf; it must not be negative"),
+        ("train.momentum=1", r"train.momentum is 1.0; it must lie in \[0, 1\)"),
+        (
+            "train.momentum=0",
+            "train.nesterov needs momentum and train.momentum is 0; set train",
+        ),
+        ("train.clip_grad_norm=-1", "train.clip_grad_norm is -1.0; it must be positive"),
+        ("train.milestones=[-3,5]", "train.milestones is -3; it must be at least 1"),
+        ("model.num_groups=0", "model.num_groups is 0; it must be at least 1"),
+        ("data.num_workers=-1", "data.num_workers is -1; it must not be negative"),
+        ("data.std=[1,0,1]", "data.std is 0.0; it must be positive"),
+        ("data.mean=[0.5]", r"data.mean is \[0.5\]; it takes three numbers"),
     ],
 )
 def test_a_wrong_override_is_one_clear_line(tmp_path, override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(tmp_path, MINIMAL), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="config.yaml: not YAML: .*utf-8"):
+        load_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -118,6 +118,21 @@ def test_what_does_not_fit_is_one_clear_line(small_run, tmp_path):
         evaluate(config, tmp_path / "nowhere.pt", WORLD)
 
 
+def test_a_checkpoint_of_other_classes_is_refused(small_run, motion_set, tmp_path):
+    train(small_run("train.steps=2"), WORLD)
+    index = VideoIndex.load(motion_set.val_index)
+    names = index.class_names
+    other = tmp_path / "other.parquet"
+    swapped = (names[1], names[0], *names[2:])
+    write_index(other, records_of(index), class_names=swapped, root=index.root)
+    with pytest.raises(
+        CheckpointError,
+        match=f"other classes than those of .*other.parquet: class 0 is '{names[0]}' there and "
+        f"'{names[1]}' here; .*--label-map",
+    ):
+        evaluate(small_run("train.steps=2", f"data.val_index={other}"), None, WORLD)
+
+
 def test_indexes_that_number_classes_differently_are_refused(small_run, motion_set, tmp_path):
     index = VideoIndex.load(motion_set.val_index)
     other = tmp_path / "other.parquet"

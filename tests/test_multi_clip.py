@@ -152,6 +152,12 @@ def test_scores_of_other_weights_are_not_taken_over(model, index, tmp_path, monk
     assert calls == list(range(len(index)))
 
 
+def test_scores_that_are_not_finite_are_an_error(model, index, tmp_path):
+    torch.nn.init.constant_(model.head.linear.bias, float("nan"))
+    with pytest.raises(ValueError, match=f"6 of 6 videos have .*not finite.*{index.paths[0]}"):
+        run(model, index, tmp_path)
+
+
 def test_a_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monkeypatch):
     whole = TestVideos.__getitem__
 

@@ -1,20 +1,27 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from i3d_gn.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from i3d_gn.config import ConfigError, to_yaml
 from i3d_gn.data import kinetics
 from i3d_gn.data.decode import VideoDecodeError, decode_frames
 from i3d_gn.distributed import World
-from i3d_gn.run_log import read_log
+from i3d_gn.run_log import RunLog, read_log
 from i3d_gn.train import train
 from i3d_gn.training import NonFiniteLossError, Trainer
 
@@ -40,9 +47,18 @@ def timeless_log(folder):
     ]
 
 
-@pytest.mark.parametrize("norm", ["gn", "bn"])
-def test_a_run_stopped_anywhere_resumes_bit_for_bit(small_run, tmp_path, monkeypatch, norm):
-    options = [f"model.norm={norm}", "train.log_every=3"]  # checkpoints fall between log lines
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["model.norm=gn"],
+        ["model.norm=bn", "train.validate_multi_clip=true"],
+        ["train.precision=fp16", "train.clip_grad_norm=0.5", "train.warmup_steps=3",
+         "train.schedule=cosine", "train.milestones=[]", "train.validate_every=6"],
+    ],
+    ids=["gn", "bn", "fp16"],
+)  # fmt: skip
+def test_a_run_stopped_anywhere_resumes_bit_for_bit(small_run, tmp_path, monkeypatch, recipe):
+    options = [*recipe, "train.log_every=3"]  # checkpoints fall between log lines
     train(small_run(*options, output_dir=tmp_path / "whole"), WORLD)
     step = Trainer.step
     stop_before = random.choice([1, 2, 3, 4, 5])
@@ -87,20 +103,30 @@ def test_a_killed_process_resumes_bit_for_bit(small_run, tmp_path):
     assert_same_outcome(whole, run)
 
 
+def in_processes(world_size, path, *overrides, program=("-m", "i3d_gn.train")):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={world_size}", *program, str(path), *overrides,
+    ]  # fmt: skip
+    return subprocess.run(command, check=False, env=one_thread(), capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_two_processes_run_the_same_experiment_as_one(small_run, tmp_path):
-    config = small_run("train.log_every=1", output_dir=tmp_path / "one")
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+def test_two_processes_run_the_same_experiment_as_one(small_run, tmp_path, norm):
+    options = [f"model.norm={norm}", "train.log_every=3", "train.keep_checkpoints=9"]
+    config = small_run(*options, output_dir=tmp_path / "one")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     train(config, WORLD)
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "i3d_gn.train", str(path), f"output_dir={tmp_path / 'two'}",
-        ],
-        check=True,
-        env=one_thread(),
-    )  # fmt: skip
+    two, resumed = tmp_path / "two", tmp_path / "resumed"
+    in_processes(2, path, f"output_dir={two}").check_returncode()
+    # Two processes resume bit for bit, too, from between two lines of the log.
+    shutil.copytree(two, resumed)
+    for later in list_checkpoints(resumed / "checkpoints")[1:]:
+        later.unlink()
+    in_processes(2, path, f"output_dir={resumed}").check_returncode()
+    assert_same_outcome(two, resumed)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
     assert [line["kind"] for line in logs[0]] == [line["kind"] for line in logs[1]]
     for one, two in zip(*logs, strict=True):
@@ -111,7 +137,8 @@ def test_two_processes_run_the_same_experiment_as_one(small_run, tmp_path):
         for name in ("one", "two")
     ]
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key], rtol=1e-2, atol=1e-3)
+        if not key.endswith("num_batches_tracked"):  # which one process sees are all processes'
+            torch.testing.assert_close(value, states[1][key], rtol=1e-2, atol=1e-3)
 
 
 def test_a_run_writes_config_log_and_checkpoints(small_run, tmp_path):
@@ -164,6 +191,78 @@ def test_another_config_does_not_continue_a_run(small_run, tmp_path):
     train(small_run("train.steps=2"), WORLD)
     with pytest.raises(ConfigError, match=r"another config \(seed: 0 -> 1\); choose another"):
         train(small_run("train.steps=2", "seed=1"), WORLD)
+
+
+def test_a_mistake_before_the_first_step_does_not_claim_the_folder(small_run, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        train(small_run("train.steps=2", "model.weights=nowhere.pth"), WORLD)
+    train(small_run("train.steps=2"), WORLD)
+    assert "weights: null" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_it(small_run, monkeypatch):
+    events = []
+    flush = RunLog.flush
+    monkeypatch.setattr(RunLog, "flush", lambda log: (flush(log), events.append("flush")))
+
+    def saves(folder, *, step, **rest):
+        events.append(step)
+        return save_checkpoint(folder, step=step, **rest)
+
+    monkeypatch.setattr("i3d_gn.step_loop.save_checkpoint", saves)
+    train(small_run(), WORLD)
+    assert events == ["flush", 2, "flush", 4, "flush", 6]
+
+
+def test_scores_of_a_stopped_validation_are_not_taken_over(small_run, tmp_path, monkeypatch):
+    options = ["train.steps=2", "train.validate_multi_clip=true"]
+    train(small_run(*options, output_dir=tmp_path / "whole"), WORLD)
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("i3d_gn.multi_clip._merge", stops)  # every score is written by then
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(*options, "train.lr=0.5"), WORLD)
+    monkeypatch.undo()
+    (tmp_path / "run" / "log.jsonl").unlink()
+    train(small_run(*options), WORLD)
+    tables = [
+        pq.read_table(tmp_path / name / "val_step_00000002" / "scores.parquet")
+        for name in ("whole", "run")
+    ]
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_folders_do_not_start(small_run, tmp_path):
+    config = small_run("train.steps=2", output_dir=tmp_path / "0")
+    train(config, WORLD)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from i3d_gn.command_line import run_command\n"
+        "from i3d_gn.train import main\n"
+        f"folder = '{tmp_path}/' + os.environ['RANK']\n"
+        "sys.exit(run_command(lambda: main([sys.argv[1], f'output_dir={folder}'])))\n"
+    )
+    done = in_processes(2, path, program=[str(program)])
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert (
+            f"do not find the same newest checkpoint under {tmp_path / str(rank)};" in done.stderr
+        )
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_dealt_out_ends_the_run_in_every_process(small_run, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(small_run("train.steps=2")))
+    done = in_processes(3, path, f"output_dir={tmp_path / 'three'}")
+    assert done.returncode != 0
+    assert "a global batch of 4 clips cannot be dealt out evenly to 3 processes" in done.stderr
 
 
 def test_broken_videos_are_counted_and_stop_training_at_the_budget(

@@ -150,6 +150,28 @@ def test_precise_bn_is_the_population_of_all_batches():
     assert not batch_norm_layers(small_model("frozen_bn"))
 
 
+def test_precise_bn_leaves_out_what_could_not_be_decoded(tmp_path):
+    blank = ClipBatch(
+        torch.zeros(1, 8, 36, 36, 3, dtype=torch.uint8),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1),
+        ("a", "b"),
+    )
+    whole, gap = small_model("bn"), small_model("bn")
+    assert reestimate_bn_statistics(whole, [clip_batch(2)], TO_DEVICE) == []
+    broken = reestimate_bn_statistics(gap, [clip_batch(2), blank], TO_DEVICE)
+    assert broken == ["a", "b"]
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(value, gap.state_dict()[key], rtol=0, atol=0)
+
+
+def test_precise_bn_is_no_training_batch_to_the_schedule_of_batch_renorm():
+    model = small_model("brn")
+    trainer_for(model).step(0, iter([clip_batch(2)]))
+    reestimate_bn_statistics(model, [clip_batch(2, seed=s) for s in range(3)], TO_DEVICE)
+    assert int(model.norm1.num_batches_tracked) == 1
+
+
 def test_validation_counts_every_clip_and_touches_nothing():
     model = small_model("bn")
     before = copy.deepcopy(model.state_dict())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -14,6 +14,14 @@ from torchvision.transforms.v2 import functional as F
 from i3d_gn.data.kinetics import ClipBatch, Sample, Stream
 
 _SEED_BITS = 63
+
+
+class ImageReadError(ValueError):
+    """An image that cannot be read, in one line, also where a loader's worker met it."""
+
+    def __init__(self, message: str) -> None:
+        # The loader makes such an error again, of the worker's traceback.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class LabelledImages:
@@ -97,8 +105,11 @@ def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from error
+    except Exception as error:  # Pillow lets out whatever its parsers trip over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageReadError(
+            f"{path}: cannot be read as an image ({reason}); replace it"
+        ) from error
 
 
 def _batch(pixels: list[Image.Image], labels: list[int]) -> ClipBatch:
