@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from i3d_gn.models.conv3d import Conv3d, convolve3d
 from i3d_gn.norm import (
     BatchRenorm,
     GroupNorm,
@@ -60,23 +61,7 @@ FORMS = {
 def conv3d(in_channels: int, out_channels: int, kernel: Kernel, stride: Kernel) -> nn.Conv3d:
     """A convolution without bias, padded so that stride 1 keeps the size."""
     padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-    return _Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
-
-
-class _Conv3d(nn.Conv3d):
-    """Convolution, also right on a CPU for fewer frames than the kernel is long.
-
-    There oneDNN's bfloat16 gradient of the weight is garbage or NaN (torch 2.15, 1 < T < Kt).
-    Padding time beforehand gives the same result another way.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, T, H, W) to (N, C_out, T', H', W')."""
-        if input.device.type == "cpu" and 1 < input.shape[2] < self.kernel_size[0]:
-            time, *space = self.padding
-            padded = F.pad(input, (0, 0, 0, 0, int(time), int(time)))
-            return F.conv3d(padded, self.weight, None, self.stride, (0, *map(int, space)))
-        return super().forward(input)
+    return Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
 
 
 class Bottleneck(nn.Module):
@@ -479,8 +464,10 @@ def _convolve_again(
                 "the convolution again; make I3D with recompute=False to do that"
             )
         x = input()
-        convolve = F.conv3d if weight.dim() == 5 else F.conv2d
-        return convolve(x, weight.to(x.dtype), None, conv.stride, conv.padding)
+        if isinstance(conv, Conv3d):
+            assert isinstance(conv.padding, tuple)
+            return convolve3d(x, weight.to(x.dtype), conv.stride, conv.padding)
+        return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding)
 
     return again
 
