@@ -97,9 +97,10 @@ def spaced_starts(
         uniform    0       4         9       13 (13 ... 19)
         slowfast   0     3     6       9
 
-    ``nonlocal`` is [NL]'s, ``uniform`` pytorchvideo's and mmaction2's (a single clip starts at 0,
-    as in pytorchvideo), ``slowfast`` PySlowFast's. In a video shorter than the span, ``uniform``
-    and ``slowfast`` start every clip at 0, and the clips loop.
+    ``nonlocal`` is [NL]'s, ``uniform`` mmaction2's and that of pytorchvideo's main branch (a single
+    clip starts at 0, as there), ``slowfast`` PySlowFast's and that of pytorchvideo's last release,
+    0.1.5. In a video shorter than the span, ``uniform`` and ``slowfast`` start every clip at 0, and
+    the clips loop.
 
     Raises:
         ValueError: unknown ``spacing``, ``num_clips`` below 1, or as :func:`clip_span`.

@@ -119,10 +119,10 @@ def decode_frames(
     filter widened when it shrinks), conversion to RGB. Against torchvision's
     ``resize(antialias=True)`` of the RGB frame and a crop of that, on Kinetics clips with the
     training augmentation, the mean absolute difference is 0.8 of 255 (up to 3 in a video that is
-    grainy and of saturated colours). There is no bias but where the height grows by under 2 % to
-    an odd number (mean difference 1.1 there, below 0.1 elsewhere). A plan that does not scale
-    differs in nothing. decord scales into RGB: mean absolute difference 1.2, mean difference about
-    1 either way.
+    grainy and of saturated colours). The mean difference is below 0.1, but about 1 where the window
+    holds the last row of an odd number of rows, and for pixels other than 8-bit 4:2:0. A plan that
+    does not scale differs in nothing. decord scales into RGB: mean absolute difference 1.2, mean
+    difference about 1 either way.
 
     Args:
         path: of the video file.
@@ -139,7 +139,8 @@ def decode_frames(
     Raises:
         VideoDecodeError: the file or one of the frames cannot be decoded, or the video has no
             frame of that index. What ``out`` holds is then undefined.
-        ValueError: no indices, a negative one, or ``out`` of another shape or type.
+        ValueError: no indices, a negative one, ``out`` of another shape or type, or a backend that
+            is unknown or not installed.
     """
     wanted = np.asarray(indices)
     if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):

@@ -29,17 +29,24 @@ def decode_frames_decord(
     """See :func:`i3d_gn.data.decode.decode_frames`; ``None`` (logged) where decord errs.
 
     Raises:
-        ImportError: decord is not installed.
+        ValueError: decord is not installed.
         VideoDecodeError: as ``decode_frames``.
     """
-    # Not on every platform, and loaded only where it is wanted, for it brings an FFmpeg of its own.
-    import decord  # noqa: PLC0415
+    try:
+        # Loaded only where it is wanted, for it brings an FFmpeg of its own.
+        import decord  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"backend decord cannot be used ({error}); pip install decord, which has wheels for "
+            "x86-64 alone, or use backend pyav"
+        ) from error
 
     with open_video(path) as (container, stream):
         table, _ = demux_video(path, container, stream, keep=False)
         container_name = container.format.name
         time_base = float(stream.time_base or 0)
-    doubt = table.doubt or _unsuitable(table)
+        has_b_frames = bool(stream.codec_context.has_b_frames)
+    doubt = table.doubt or _unsuitable(table, has_b_frames=has_b_frames)
     if doubt is None:
         if indices.max() >= table.num_frames:
             raise out_of_range(path, int(indices.max()), table.num_frames)
@@ -90,8 +97,10 @@ def _unsuitable_frames(path: str | Path, container: str) -> str | None:
     return None
 
 
-def _unsuitable(table: FrameTable) -> str | None:
+def _unsuitable(table: FrameTable, *, has_b_frames: bool) -> str | None:
     """Why decord would return wrong frames, or ``None``."""
+    if has_b_frames and np.all(np.diff(table.packet_frame) > 0):
+        return "its timestamps may not follow the order of its frames"
     if np.any(table.packet_frame < 0):
         return "an edit list discards frames"
     if table.false_keys:

@@ -3,7 +3,9 @@
 Where packets number the frames (``frame_table``) only the packets that matter reach the decoder:
 from the keyframe before a frame to the frame, and of H.264 not those that nothing refers to and
 nobody wants. Any other file is decoded from its start, and frames are counted as they come.
-Both give the frames of a full sequential decode.
+Both give the frames of a full sequential decode. Not so where a damaged packet, in a part of the
+file that is not decoded, loses its frame without an error: frames behind it are then numbered as if
+it were there. Only decoding the whole file finds that out.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from i3d_gn.data.crop_plan import CropPlan
@@ -32,8 +35,9 @@ from i3d_gn.data.video_errors import VideoDecodeError
 # Files up to this size are read once and their packets kept; larger ones are read twice.
 _KEEP_PACKETS_BYTES = 32 * 2**20
 
-
 _CHUNK_PACKETS = 64
+
+_COVER_PICTURE = Disposition.attached_pic
 
 # A frame is stored at most this many packets after one that is shown later: twice what the
 # decoded picture buffers of H.264 (A.3.1) and HEVC (A.4.2) hold.
@@ -51,18 +55,22 @@ class _TableError(Exception):
 def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the first video stream of a file, for decoding on one thread; closes it at the end.
 
+    A cover picture is a video stream to FFmpeg, but none here. Titles and comments in whatever
+    encoding do not matter.
+
     Raises:
         VideoDecodeError: not a readable video file, no video stream in it, or no decoder for it.
     """
     try:
         # An absolute path: FFmpeg takes what comes before a colon in "a:b.mp4" for a protocol.
-        container = av.open(os.path.abspath(path))
+        container = av.open(os.path.abspath(path), metadata_errors="replace")
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error)) from error
     with container:
-        if not container.streams.video:
+        streams = [s for s in container.streams.video if not s.disposition & _COVER_PICTURE]
+        if not streams:
             raise VideoDecodeError(path, "no video stream")
-        stream = container.streams.video[0]
+        stream = streams[0]
         if stream.codec_context is None:
             raise VideoDecodeError(path, "no decoder for its video stream")
         stream.codec_context.thread_type = "NONE"
@@ -206,13 +214,13 @@ class _Collector:
         """Now that the first frame tells how the video is stored, set up output and conversion."""
         orientation = orientation_of(frame)
         stored = (frame.height, frame.width)
-        if self._plan is not None:
-            height, width = self._plan.height, self._plan.width
-            self._writer = CropWriter(self._plan, orientation=orientation)
+        height, width = stored[::-1] if orientation.transpose else stored
+        plan = self._plan or CropPlan(height, width, 0, 0, height, width)
+        if (plan.resize_height, plan.resize_width) == (height, width):
+            self._writer = FrameWriter(plan, orientation=orientation, size=stored)
         else:
-            height, width = stored[::-1] if orientation.transpose else stored
-            self._writer = FrameWriter(orientation=orientation, size=stored)
-        shape = (self._num_rows, height, width, 3)
+            self._writer = CropWriter(plan, orientation=orientation)
+        shape = (self._num_rows, plan.height, plan.width, 3)
         if self._out is None:
             self._out = np.empty(shape, dtype=np.uint8)
         elif self._out.shape != shape:
@@ -224,8 +232,8 @@ def _decode_ranges(
 ) -> None:
     """Decode the packets that hold or lead to the wanted frames.
 
-    Frames are known by their timestamps. Each packet that is shown must yield its frame, but for
-    leading pictures of an open GOP, whose other half is not decoded.
+    Frames are known by their timestamps, and must come in their order. Each packet that is shown
+    must yield its frame, but for leading pictures of an open GOP, whose other half is not decoded.
     """
     frame_of = dict(zip(table.frame_pts.tolist(), range(table.num_frames), strict=True))
     context = stream.codec_context
@@ -234,21 +242,31 @@ def _decode_ranges(
     for first, stop in table.packet_ranges(collector.wanted()):
         key_frame = table.packet_frame[first]
         expected: set[int] = set()
+        last = -1
 
-        def take(frames: list[av.VideoFrame], expected: set[int] = expected) -> None:
+        def take(
+            frames: list[av.VideoFrame],
+            expected: set[int] = expected,
+            key_frame: int = key_frame,
+        ) -> None:
+            nonlocal last
             for frame in frames:
-                if frame.interlaced_frame:  # its fields may lie in two packets
-                    raise _TableError
                 index = -1 if frame.pts is None else frame_of.get(frame.pts, -1)
+                # Fields of an interlaced frame may lie in two packets. What is made up for damaged
+                # parts of a frame depends on all frames before it.
+                damaged = frame.is_corrupt and index >= key_frame
+                if frame.interlaced_frame or damaged or index <= last:
+                    raise _TableError
+                last = index
                 expected.discard(index)
                 collector.take(index, frame)
 
         try:
-            for index, packet in zip(
-                table.packet_frame[first:stop].tolist(), read(first, stop), strict=True
-            ):
+            for position, packet in zip(range(first, stop), read(first, stop), strict=True):
+                index = int(table.packet_frame[position])
                 if (
                     can_drop
+                    and position < stop - 1
                     and not collector.is_wanted(index)
                     and h264_is_disposable(packet, length_size)
                 ):

@@ -66,7 +66,8 @@ class FrameTable:
     def packet_ranges(self, frames: np.ndarray) -> list[tuple[int, int]]:
         """Ranges ``(first, last + 1)`` of packets to decode, in order, to get ``frames``.
 
-        Every range begins at a safe keyframe, so that the decoder starts afresh there.
+        Every range begins at a safe keyframe, so that the decoder starts afresh there. It ends one
+        packet late: if timestamps contradict the stream, the decoder gives that frame out of turn.
         """
         keys = np.flatnonzero(self.safe_key)
         packets = self.frame_packet[np.unique(frames)]
@@ -80,6 +81,7 @@ class FrameTable:
         ranges: list[tuple[int, int]] = []
         for key in np.unique(before):
             first, stop = int(keys[key]), int(packets[before == key].max()) + 1
+            stop += stop < len(self.safe_key) and not self.safe_key[stop]
             if ranges and first < ranges[-1][1]:
                 ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
             else:
@@ -146,6 +148,11 @@ class FrameTableBuilder:
                 doubt = "frames are shown before the first keyframe"
             elif np.any(np.diff(pts[frame_packet]) == 0):
                 doubt = "two packets have the same timestamp"
+            else:
+                # No codec shows a frame after a keyframe that is stored behind it.
+                latest_before = np.maximum.accumulate(pts[shown])[:-1]
+                if np.any(keys[shown][1:] & (pts[shown][1:] < latest_before)):
+                    doubt = "timestamps go back at a keyframe"
         return FrameTable(
             packet_pts=pts,
             packet_frame=packet_frame,

@@ -88,7 +88,8 @@ def write_index(
     """Write ``records``, in this order, as the index ``path``; replace it only once complete.
 
     Raises ``ValueError`` for what ``VideoIndex.load`` would refuse: no record, a label that is
-    neither a position in ``class_names`` nor -1, a path that occurs twice.
+    neither a position in ``class_names`` nor -1, a video without frames or size, a path that occurs
+    twice.
     """
     path = Path(path)
     class_names = list(class_names)
@@ -185,8 +186,9 @@ class VideoIndex:
         """Read the index ``path``; ``root`` replaces the place of the videos recorded in it.
 
         Raises ``ValueError``, one line, for a missing file, a file that is no index of this
-        format, an empty index, a label outside the class list, a path that occurs twice, or a
-        root that does not exist.
+        format, an empty index, a value that is missing or no integer, a label outside the class
+        list, a video without frames or size, a path that occurs twice, or a root that does not
+        exist.
         """
         path = Path(path).absolute()
         if not path.is_file():
@@ -294,7 +296,14 @@ def _read_table(path: Path) -> pa.Table:
                     "`i3d-gn index`"
                 )
             packed = _PACKED_COLUMNS if version == PACKED_FORMAT_VERSION else []
-            return file.read(columns=_COLUMNS_LOADED + packed)
+            columns = _COLUMNS_LOADED + packed
+            lacking = [name for name in columns if name not in file.schema_arrow.names]
+            lacking += [k.decode() for k in (_ROOT_KEY, _CLASS_NAMES_KEY) if k not in metadata]
+            if lacking:
+                raise ValueError(
+                    f"index {path} lacks {', '.join(lacking)}; make it again with `i3d-gn index`"
+                )
+            return file.read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{path} is no video index ({_first_line(error)}); make one with `i3d-gn index`"
@@ -306,6 +315,26 @@ def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
         raise ValueError(
             f"index {path} holds no video; see the report of `i3d-gn index` for the reasons"
         )
+    for name in _COLUMNS_LOADED:
+        column = table[name]
+        if name != "path" and not pa.types.is_integer(column.type):
+            raise ValueError(
+                f"index {path}: column {name} holds {column.type}, must hold integers; make it "
+                "again with `i3d-gn index`"
+            )
+        if column.null_count:
+            raise ValueError(
+                f"index {path}: column {name} lacks a value in {column.null_count} rows; make it "
+                "again with `i3d-gn index`"
+            )
+    for name in ("num_frames", "width", "height"):
+        values = table[name].to_numpy()
+        if values.min() < 1:
+            i = int(np.argmin(values))
+            raise ValueError(
+                f"index {path}: {table['path'][i]} has {name} {values[i]}, must be at least 1; "
+                "make it again with `i3d-gn index`, which leaves out what cannot be decoded"
+            )
     labels = table["label"].to_numpy()
     outside = (labels < UNKNOWN_LABEL) | (labels >= num_classes)
     if outside.any():

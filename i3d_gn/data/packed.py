@@ -52,11 +52,10 @@ class PackedVideos:
         """Raise ``ValueError`` for a shard that a folder lacks, or that is too short."""
         if is_url(self.root):
             return
-        names = np.asarray(self.shards.to_pylist())
-        ends = self.offsets + self.sizes
-        for name in np.unique(names):
-            path = Path(self.root, name)
-            needed = int(ends[names == name].max())
+        ends = pa.table({"shard": self.shards, "end": self.offsets + self.sizes})
+        needs = ends.group_by("shard", use_threads=False).aggregate([("end", "max")])
+        for need in needs.to_pylist():
+            path, needed = Path(self.root, need["shard"]), need["end_max"]
             size = path.stat().st_size if path.is_file() else 0
             if size < needed:
                 raise ValueError(

@@ -32,7 +32,7 @@ _MOST_BEYOND = 64  # source pixels, see SourceWindow.beyond
 
 # Scaled as YUV first and converted to RGB after: swscale's unscaled converter is twice as fast as
 # scaling into RGB and rounds without bias (scaling into RGB shifts all colours by about +-1.2). It
-# takes even heights only.
+# takes these formats and even heights only.
 _TWO_STEP_FORMATS = ("yuv420p", "yuvj420p")
 
 
@@ -91,7 +91,7 @@ def source_window(
     """
     scale = resized / original
     # Beyond the window the filter needs its support on both sides, in chroma pixels.
-    margin = 0 if original == resized else math.ceil(alignment * max(1.0, 1 / scale)) + 1
+    margin = math.ceil(alignment * max(1.0, 1 / scale)) + 1
 
     first = max(0, math.floor(start / scale) - margin)
     lefts = [
@@ -120,15 +120,19 @@ def source_window(
 
 
 class FrameWriter:
-    """Writes whole frames of one video into rows of an array.
+    """Writes frames of one video, or windows of them, into rows of an array, unscaled.
+
+    Whole frames are converted to RGB, so that a window holds to the bit what the frame does.
 
     Args:
+        plan: in terms of the upright frame; its resized size is the frame's own.
         orientation: of the stored frames.
         size: ``(height, width)`` of the stored frames. Streams may change theirs; frames of another
             size are scaled to this one.
     """
 
-    def __init__(self, *, orientation: Orientation, size: tuple[int, int]) -> None:
+    def __init__(self, plan: CropPlan, *, orientation: Orientation, size: tuple[int, int]) -> None:
+        self._plan = plan
         self._orientation = orientation
         self._height, self._width = size
         self._reformatter = VideoReformatter()
@@ -145,7 +149,9 @@ class FrameWriter:
             pixels = pixels[::-1]
         if self._orientation.flip_columns:
             pixels = pixels[:, ::-1]
-        np.copyto(row, pixels)
+        plan = self._plan
+        window = pixels[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+        np.copyto(row, window[:, ::-1] if plan.flip else window)
 
 
 class CropWriter:
@@ -203,8 +209,11 @@ class CropWriter:
             filters.append(("pad", f"{horizontal.size}:{vertical.size}"))
             filters.append(("fillborders", f"{edges}:mode=smear"))
         scale = f"{horizontal.scaled}:{vertical.scaled}:flags=bilinear+accurate_rnd"
-        if frame.format.name in _TWO_STEP_FORMATS and vertical.scaled % 2 == 0:
+        # A last row that would make the height odd is left out where the window does not need it.
+        even = vertical.scaled - vertical.scaled % 2
+        if frame.format.name in _TWO_STEP_FORMATS and vertical.offset + height <= even:
             filters += [("scale", scale), ("format", frame.format.name)]
+            filters.append(("crop", f"{horizontal.scaled}:{even}:0:0:exact=1"))
             filters += [("scale", "flags=bilinear"), ("format", "rgb24")]
         else:
             filters += [("scale", scale + "+full_chroma_int"), ("format", "rgb24")]

@@ -1,7 +1,11 @@
 """Index arithmetic against brute force and numbers worked out by hand."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler
 
 from i3d_gn.data.clips import (
     clip_indices,
@@ -94,6 +98,15 @@ def test_starts_follow_their_formula(spacing):
             )
             assert got.tolist() == expected.astype(int).tolist()
             assert 0 <= got.min() <= got.max() < video_length
+
+
+@pytest.mark.parametrize("video_length", [40, 63, 64, 97, 250, 300, 108_000])
+def test_slowfast_spacing_is_that_of_pytorchvideos_sampler(video_length):
+    """Its times are in seconds: here a frame lasts one."""
+    sampler = ConstantClipsPerVideoSampler(clip_duration=Fraction(63), clips_per_video=10)
+    clips = [sampler(0.0, Fraction(video_length), {}) for _ in range(10)]
+    got = spaced_starts(video_length, num_clips=10, num_frames=32, stride=2, spacing="slowfast")
+    assert got.tolist() == [math.floor(clip.clip_start_sec) for clip in clips]
 
 
 def test_unknown_spacing_names_the_known():

@@ -3,12 +3,14 @@
 import gc
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from torchvision.transforms.v2 import functional as tv
 
 from i3d_gn.data import decode_pyav
@@ -130,6 +132,74 @@ def test_cut_in_an_open_gop(backend, tmp_path, encode_video, remux_video, decode
     expected = decode_sequentially(path)
     assert probe_video(path).num_frames == len(expected) < 50
     assert_exact(path, expected, backend)
+
+
+# What timestamps say, by number of the packet in the file, of streams whose frames come otherwise.
+CONTRADICTIONS = {
+    "b-frames in decoding order": ("3", lambda n: 40 * n),
+    "two frames swapped": ("0", lambda n: 40 * n + (60 if n == 30 else 0)),
+    "a frame shown behind the next keyframe": ("0", lambda n: 40 * n + (900 if n == 26 else 0)),
+    "two groups interleaved": ("0", lambda n: 40 * (n - 12) + 20 if 12 <= n < 24 else 40 * n),
+}
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_timestamps_that_contradict_the_stream(
+    kind, container, backend, tmp_path, encode_video, decode_sequentially
+):
+    """A decoder puts frames in the order that the stream says, whatever the container does."""
+    b_frames, milliseconds = CONTRADICTIONS[kind]
+    options = x264("scenecut=0:b-adapt=0", bf=b_frames)
+    source = encode_video(tmp_path / "source.mkv", options=options)
+    path = tmp_path / f"contradiction.{container}"
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        copy = writer.add_stream_from_template(reader.streams.video[0])
+        packets = [packet for packet in reader.demux(video=0) if packet.size]
+        for number, packet in enumerate(packets):
+            packet.dts, packet.pts = number, 100 + milliseconds(number)
+            packet.stream = copy
+            writer.mux(packet)
+    expected = decode_sequentially(path)
+    assert_exact(path, expected, backend)
+    for index in range(60):
+        assert np.array_equal(decode_frames(path, [index], backend=backend)[0], expected[index])
+
+
+def test_damaged_frames_are_those_of_a_sequential_decode(tmp_path, encode_video):
+    """What the decoder makes up for a damaged frame depends on the frames that it has seen."""
+    options = x264("b-pyramid=normal:scenecut=0")
+    bitexact = {"fflags": "+bitexact"}  # no random identifiers: the same bytes are hit each time
+    path = encode_video(tmp_path / "damaged.mkv", options=options, muxer_options=bitexact)
+    whole = path.read_bytes()
+    compared = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        data = bytearray(whole)
+        at = int(rng.integers(1000, len(data) - 2000))
+        data[at : at + 12] = rng.bytes(12)
+        path.write_bytes(data)
+        expected, failed = [], False
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "NONE"
+            try:
+                for frame in container.decode(video=0):
+                    expected.append(frame.to_ndarray(format="rgb24"))
+            except av.FFmpegError:
+                failed = True
+        if len(expected) < 60 and not failed:
+            continue  # a frame is lost without an error, which only a full decode can find out
+        for index in range(0, 60, 3):
+            try:
+                got = decode_frames(path, [index])[0]
+            except VideoDecodeError:
+                assert index >= len(expected)
+                continue
+            if index < len(expected):
+                assert np.array_equal(got, expected[index]), (seed, index)
+                compared += 1
+    assert compared > 100
 
 
 @pytest.mark.parametrize("name", ["b-pyramid.mp4", "open-gop.mp4", "no-index.mkv", "vp9.webm"])
@@ -275,8 +345,17 @@ def test_resized_crops_are_torchvisions(
         biases.append((got - torchvision_crop(frames[[1, 3]], plan).astype(np.float64)).mean())
     assert max(np.abs(biases)) < 1.6
     if backend == "pyav":
-        # Only where the height grows by next to nothing, to an odd number, is there a bias.
         assert np.median(np.abs(biases)) < 0.1
+
+
+@pytest.mark.parametrize("short_side", [257, 273, 313])
+def test_an_odd_height_shifts_no_colours(short_side, tmp_path, encode_video, decode_sequentially):
+    path = encode_video(tmp_path / "video.mp4", height=256, width=340, num_frames=2, options=H264)
+    width = 340 * short_side // 256
+    for top in (0, 5, short_side - 225):
+        plan = CropPlan(short_side, width, top, 11, 224, 224)
+        expected = torchvision_crop(decode_sequentially(path)[:1], plan).astype(np.float64)
+        assert abs((decode_frames(path, [0], plan=plan) - expected).mean()) < 0.1
 
 
 def test_shrinking_is_antialiased(tmp_path, encode_video, decode_sequentially):
@@ -302,6 +381,26 @@ def test_unscaled_crop_is_exact(plain_video, decode_sequentially):
         expected = frames[[2, 8], top : top + 48, left : left + 50]
         got = decode_frames(plain_video, [2, 8], plan=plan)
         assert np.array_equal(got, expected[:, :, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pixel_format": "yuv420p10le"},
+        {"pixel_format": "yuv422p"},
+        {"codec": "libvpx-vp9", "height": 65, "width": 97, "options": VP9},
+    ],
+)
+def test_unscaled_crop_is_exact_in_any_pixel_format(
+    options, tmp_path, encode_video, decode_sequentially
+):
+    path = encode_video(tmp_path / "video.mkv", num_frames=8, **options)
+    frames = decode_sequentially(path)
+    height, width = frames.shape[1:3]
+    for top, left, size in [(3, 5, 40), (16, 31, 1), (1, width - 50, 50)]:
+        plan = CropPlan(height, width, top, left, size, size, flip=True)
+        expected = frames[[5, 2], top : top + size, left : left + size][:, :, ::-1]
+        assert np.array_equal(decode_frames(path, [5, 2], plan=plan), expected)
 
 
 def test_output_array_is_filled_and_returned(plain_video):
@@ -404,6 +503,56 @@ def test_names_that_look_like_options_or_patterns(tmp_path, plain_video, monkeyp
         shutil.copy(plain_video, tmp_path / name)
         assert len(decode_frames(Path(name), [0, 5])) == 2
         assert len(decode_frames(Path(name), [0, 5], backend="decord")) == 2
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_titles_in_another_encoding_do_not_matter(backend, tmp_path, plain_video):
+    path = tmp_path / "titled.mp4"
+    with av.open(str(plain_video)) as reader, av.open(str(path), "w") as writer:
+        writer.metadata["title"] = "PLACEHOLDER"
+        copy = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                writer.mux(packet)
+    data = path.read_bytes()
+    assert data.count(b"PLACEHOLDER") == 1
+    path.write_bytes(data.replace(b"PLACEHOLDER", "Caf\u00e9 \u00fcber!".encode("latin1")))
+    assert probe_video(path).num_frames == 60
+    assert len(decode_frames(path, [3], backend=backend)) == 1
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as writer:
+        sound = writer.add_stream("aac", rate=44_100)
+        cover = writer.add_stream("mjpeg", rate=25)
+        cover.height, cover.width, cover.pix_fmt = 64, 96, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
+        silence.sample_rate = 44_100
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), dtype=np.uint8))
+        writer.mux([*sound.encode(silence), *cover.encode(picture)])
+        writer.mux([*sound.encode(None), *cover.encode(None)])
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    for read in (probe_video, lambda p: decode_frames(p, [0])):
+        with pytest.raises(VideoDecodeError, match="no video stream"):
+            read(path)
+
+
+def test_decord_is_used_where_it_is_right(plain_video, caplog):
+    with caplog.at_level("INFO"):
+        decode_frames(plain_video, [3], backend="decord")
+    assert not caplog.records
+
+
+def test_decord_that_is_missing_is_explained(plain_video, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ValueError, match="pip install decord, .* or use backend pyav"):
+        decode_frames(plain_video, [0], backend="decord")
 
 
 def resident_kilobytes() -> int:

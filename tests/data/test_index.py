@@ -155,6 +155,41 @@ def test_bad_rows_are_refused(bad, message, index_path, tmp_path):
         VideoIndex.load(index_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", pa.array([0, None, 1]), "column label lacks a value in 1 rows"),
+        ("path", pa.array(["a", None, None]), "column path lacks a value in 2 rows"),
+        ("label", pa.array([0.5, 1, 2]), "column label holds double, must hold integers"),
+        ("num_frames", pa.array([3, 0, 1]), "_x y.mkv has num_frames 0, must be at least 1"),
+        ("width", pa.array([3, 4, -1]), "unknown.mp4 has width -1, must be at least 1"),
+        ("height", None, "lacks height; make it again"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_refused(column, values, message, index_path):
+    """As after a merge in another program."""
+    table = pq.read_table(index_path)
+    number = table.schema.get_field_index(column)
+    if values is None:
+        table = table.remove_column(number)
+    else:
+        table = table.set_column(number, column, values)
+    pq.write_table(table, index_path)
+    with pytest.raises(ValueError, match=message) as error:
+        VideoIndex.load(index_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["root", "class_names"])
+def test_metadata_that_are_missing_are_named(key, index_path):
+    table = pq.read_table(index_path)
+    metadata = dict(table.schema.metadata)
+    del metadata[f"i3d_gn.{key}".encode()]
+    pq.write_table(table.replace_schema_metadata(metadata), index_path)
+    with pytest.raises(ValueError, match=rf"lacks i3d_gn\.{key}; make it again"):
+        VideoIndex.load(index_path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(
         ValueError, match=r"there is no index .*none.parquet; make it with `i3d-gn index`"
