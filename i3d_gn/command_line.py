@@ -11,7 +11,8 @@ from i3d_gn.training import NonFiniteLossError
 def run_command(main: Callable[[], int]) -> int:
     """Run an entry point and return its exit status.
 
-    0 success, 1 training diverged, 2 something the user can mend (a `ValueError`), 130 Ctrl-C.
+    0 success, 1 training diverged, 2 something the user can mend (a `ValueError`, or
+    an `OSError` as of a full disk or a folder that cannot be written), 130 Ctrl-C.
     """
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -20,7 +21,7 @@ def run_command(main: Callable[[], int]) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

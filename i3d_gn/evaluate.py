@@ -2,8 +2,9 @@
 
     python -m i3d_gn.evaluate CONFIG --checkpoint PATH [key=value ...]
 
-Writes `results.json` and `scores.parquet` under `output_dir/test_<checkpoint>_<settings>/`. Under
-torchrun the videos are dealt out to the processes. A test that was stopped goes on where it was.
+Writes `results.json` and `scores.parquet` under `output_dir/test_<checkpoint>_<settings>_<hash>/`,
+a folder for whatever else can change a result: config, weights, videos. Under torchrun the videos
+are dealt out to the processes. A test that was stopped goes on where it was.
 """
 
 import argparse
@@ -88,9 +89,10 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
                 "--label-map and the index it was trained on"
             )
     identity = [config_hash(config), file_sha256(checkpoint), file_sha256(index_path)]
+    tag = hashlib.sha256("".join(identity).encode()).hexdigest()[:8]
     settings = config.test
     folder = Path(config.output_dir) / (
-        f"test_{checkpoint.stem}_{settings.num_clips}x{settings.spatial}_{settings.spacing}"
+        f"test_{checkpoint.stem}_{settings.num_clips}x{settings.spatial}_{settings.spacing}_{tag}"
     )
     outcome = evaluate_model(
         model,
@@ -98,7 +100,7 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
         config,
         world,
         folder=folder,
-        tag=hashlib.sha256("".join(identity).encode()).hexdigest()[:16],
+        tag=tag,
         mean=tuple(saved["input"]["mean"]),
         std=tuple(saved["input"]["std"]),
     )
@@ -112,6 +114,7 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
         "index_sha256": identity[2],
         "checkpoint": str(checkpoint),
         "config": to_dict(config),
+        "timing": outcome.timing,
     }
     write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
     print(
@@ -119,6 +122,12 @@ def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str,
         f"top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %, "
         f"mean class accuracy {results['mean_class_accuracy']:.1f} %"
     )
+    timing = outcome.timing
+    if timing["videos"]:
+        logger.info(
+            "%.2f videos/s, waiting for data %.0f %%; %s",
+            timing["videos"] / timing["seconds"], 100 * timing["data_wait_share"], folder,
+        )  # fmt: skip
     if outcome.skipped:
         print(
             f"{len(outcome.skipped)} videos could not be decoded and do not count; "

@@ -10,6 +10,7 @@ was, with any number of processes:
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from i3d_gn.data.index import VideoIndex
 from i3d_gn.data.kinetics import TestVideo, TestVideos
-from i3d_gn.data.loader import video_loader
+from i3d_gn.data.loader import TimedIterator, video_loader
 from i3d_gn.device_clips import DeviceClips
 from i3d_gn.distributed import World, wait_for_all
 from i3d_gn.metrics import VideoMetrics, video_metrics
@@ -45,12 +46,18 @@ class VideoScore:
 
 @dataclass(frozen=True)
 class TestOutcome:
-    """Accuracy over the videos that could be decoded, and why the others could not."""
+    """Accuracy over the videos that could be decoded, and why the others could not.
+
+    `timing` is this process's: `videos`, those that it tested now, `seconds`, and
+    `data_wait_share`, the part of them that the network waited for frames. Near 0 the network is
+    the slower of the two, otherwise decoding is.
+    """
 
     __test__ = False
 
     metrics: VideoMetrics
     skipped: dict[str, str]  # path below the index's root -> reason
+    timing: dict[str, float]
 
 
 @torch.no_grad()
@@ -127,7 +134,10 @@ def evaluate_videos(
     )
     model.eval()
     pending: list[VideoScore] = []
-    for video in tqdm(loader, desc="test", unit="video", disable=None if world.is_main else True):
+    started = time.monotonic()
+    timed = TimedIterator(iter(loader))
+    quiet = None if world.is_main else True
+    for video in tqdm(timed, total=len(mine), desc="test", unit="video", disable=quiet):
         scores = None
         if video.broken is None:
             scores = score_video(
@@ -145,13 +155,20 @@ def evaluate_videos(
             pending = []
     if pending:
         _write_part(parts, pending, world.rank)
+    seconds = time.monotonic() - started
     wait_for_all()
     if not world.is_main:
         return None
-    return _merge(parts, videos.index, folder)
+    metrics, skipped = _merge(parts, videos.index, folder)
+    timing = {
+        "videos": len(mine),
+        "seconds": seconds,
+        "data_wait_share": timed.seconds_waited / seconds,
+    }
+    return TestOutcome(metrics, skipped, timing)
 
 
-def _merge(parts: Path, index: VideoIndex, folder: Path) -> TestOutcome:
+def _merge(parts: Path, index: VideoIndex, folder: Path) -> tuple[VideoMetrics, dict[str, str]]:
     scores = read_parts(parts)
     if len(scores) != len(index):
         raise RuntimeError(
@@ -181,7 +198,7 @@ def _merge(parts: Path, index: VideoIndex, folder: Path) -> TestOutcome:
     _write_table_atomically(folder / "scores.parquet", table)
     shutil.rmtree(folder / "parts")
     skipped = {index.paths[s.video]: s.broken for s in scores if s.broken is not None}
-    return TestOutcome(metrics, skipped)
+    return metrics, skipped
 
 
 def read_parts(parts: Path) -> list[VideoScore]:

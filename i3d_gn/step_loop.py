@@ -8,6 +8,7 @@ from typing import Any
 
 from i3d_gn.checkpoint import latest_checkpoint, save_checkpoint
 from i3d_gn.data.kinetics import ClipBatch
+from i3d_gn.data.loader import TimedIterator
 from i3d_gn.distributed import World
 from i3d_gn.optim import set_lr
 from i3d_gn.run_log import RunLog
@@ -57,7 +58,7 @@ def run_steps(
         NonFiniteLossError: training diverged; the checkpoints written before it are good.
         ValueError: more than `max_broken` samples could not be decoded.
     """
-    timed = _TimedIterator(batches)
+    timed = TimedIterator(batches)
     started, timed_from = time.monotonic(), steps.start
     for step in steps:
         lr = lr_at(step)
@@ -111,20 +112,6 @@ def run_steps(
                     keep=keep_checkpoints,
                 )
                 logger.info("saved %s", path)
-
-
-class _TimedIterator(Iterator[ClipBatch]):
-    """Counts the time spent waiting for the next batch."""
-
-    def __init__(self, batches: Iterator[ClipBatch]) -> None:
-        self._batches = batches
-        self.seconds_waited = 0.0
-
-    def __next__(self) -> ClipBatch:
-        started = time.monotonic()
-        batch = next(self._batches)
-        self.seconds_waited += time.monotonic() - started
-        return batch
 
 
 def _stop_if_diverged(trainer: Trainer, checkpoints: Path, *, parameters: bool = False) -> None:

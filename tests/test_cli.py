@@ -1,6 +1,7 @@
 import pytest
 
 from i3d_gn import cli
+from i3d_gn.command_line import run_command
 from i3d_gn.config import load_config, to_yaml
 
 
@@ -40,6 +41,20 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments, line, capsys):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(line)
+    assert error.count("\n") == 1
+
+
+def test_a_full_or_unwritable_disk_is_one_line_and_exit_status_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def writes_below_a_file():
+        (tmp_path / "file" / "run").mkdir()
+        return 0
+
+    assert run_command(writes_below_a_file) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert str(tmp_path / "file" / "run") in error
     assert error.count("\n") == 1
 
 

@@ -22,7 +22,7 @@ def test_results_say_how_they_came_about(small_run, tmp_path):
     config = small_run("train.steps=2")
     train(config, WORLD)
     evaluate(config, None, WORLD)
-    folder = tmp_path / "run" / "test_step_00000002_3xfull_nonlocal"
+    (folder,) = (tmp_path / "run").glob("test_step_00000002_3xfull_nonlocal_*")
     results = json.loads((folder / "results.json").read_text())
     assert results["num_videos"] == 6
     assert (results["num_skipped"], results["skipped"]) == (0, {})
@@ -37,6 +37,17 @@ def test_results_say_how_they_came_about(small_run, tmp_path):
     assert results["top1"] == pytest.approx(100 * (ranked[:, 0] == labels).mean())
     assert results["top5"] == pytest.approx(100 * (ranked[:, :5] == labels[:, None]).any(1).mean())
     assert results["mean_class_accuracy"] == pytest.approx(results["top1"])  # a video a class
+    assert results["timing"]["videos"] == 6
+    assert 0 < results["timing"]["data_wait_share"] < 1
+
+
+def test_tests_that_differ_keep_a_folder_each(small_run, tmp_path):
+    train(small_run("train.steps=2"), WORLD)
+    for override in ("test.average=softmax", "test.average=logits", "test.average=logits"):
+        evaluate(small_run("train.steps=2", override), None, WORLD)
+    found = sorted((tmp_path / "run").glob("test_*/results.json"))
+    averages = [json.loads(path.read_text())["average"] for path in found]
+    assert sorted(averages) == ["logits", "softmax"]
 
 
 def records_of(index):
@@ -65,7 +76,6 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
     train(config, WORLD)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    folder = tmp_path / "run" / "test_step_00000002_3xfull_nonlocal"
     tables, results = [], []
     for world_size in (1, 2, 3):
         subprocess.run(
@@ -76,8 +86,11 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        (folder,) = (tmp_path / "run").glob("test_step_00000002_3xfull_nonlocal_*")
         tables.append(pq.read_table(folder / "scores.parquet"))
         results.append(json.loads((folder / "results.json").read_text()))
+    timing = [result.pop("timing") for result in results]
+    assert [t["videos"] for t in timing] == [5, 3, 2]  # those of rank 0
     assert results[0] == results[1] == results[2]
     assert results[0]["num_videos"] == 5
     for table in tables[1:]:

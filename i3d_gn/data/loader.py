@@ -13,14 +13,17 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from i3d_gn.data.kinetics import ClipBatch, Sample, Stream, TestVideo, TestVideos
+
+BatchT = TypeVar("BatchT")
 
 
 def micro_batches_per_process(
@@ -131,6 +134,22 @@ def video_loader(
 ) -> DataLoader[TestVideo]:
     """A loader of whole test videos, in the order given."""
     return _loader(dataset, videos, num_workers=num_workers, pin_memory=pin_memory)
+
+
+class TimedIterator(Iterator[BatchT], Generic[BatchT]):
+    """Iterates over a loader and counts the seconds spent waiting for the next batch."""
+
+    def __init__(self, batches: Iterator[BatchT]) -> None:
+        self._batches = batches
+        self.seconds_waited = 0.0
+
+    def __next__(self) -> BatchT:
+        """The next batch."""
+        started = time.monotonic()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds_waited += time.monotonic() - started
 
 
 def _loader(
