@@ -175,7 +175,11 @@ def plot(runs: list[ImageRun], path: Path) -> None:
         figure = Figure(figsize=(13, 4), layout="constrained")
         axes = figure.subplots(1, 3)
         points: dict[str, dict[int, list[float]]] = {}
-        for item in runs:
+
+        def by_batch_size(item: ImageRun) -> tuple[str, int]:
+            return item.config.model.norm, -item.config.train.images_per_gpu
+
+        for item in sorted(runs, key=by_batch_size):
             norm, batch = item.config.model.norm, item.config.train.images_per_gpu
             style = {
                 "color": _COLOURS.get(norm, "tab:gray"),
