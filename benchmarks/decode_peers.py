@@ -6,6 +6,7 @@ happens on the device.
 Each function takes a ``Job`` and returns the frames of each clip, ``(T, H, W, 3)``.
 """
 
+import math
 import os
 import re
 import tempfile
@@ -45,17 +46,15 @@ def cut(frames, job: Job):
     return frames[:, :, ::-1] if isinstance(frames, np.ndarray) else frames.flip(2)
 
 
-_buffers: dict[tuple, np.ndarray] = {}
+_buffers: dict[str, np.ndarray] = {}
 
 
 def reused(use: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The same memory for the same use, as a loader would have it."""
-    key = (use, *shape)
-    if key not in _buffers:
-        if len(_buffers) > 8:
-            _buffers.clear()
-        _buffers[key] = np.empty(shape, dtype=np.uint8)
-    return _buffers[key]
+    """The same memory for the same use, as a loader would have it, whatever the size of a video."""
+    size = math.prod(shape)
+    if use not in _buffers or len(_buffers[use]) < size:
+        _buffers[use] = np.empty(size, dtype=np.uint8)
+    return _buffers[use][:size].reshape(shape)
 
 
 def gather(decoded: np.ndarray, rows: np.ndarray) -> np.ndarray:
