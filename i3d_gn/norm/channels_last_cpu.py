@@ -189,19 +189,23 @@ def group_norm_channels_last_backward(
         values.to(compute_dtype).repeat_interleave(group_size, dim=1)
         for values in (group_slope, group_offset)
     )
-    # In low precision one scratch for all slabs stays in the cache, and the sum is rounded once.
-    scratch = None
-    if x.dtype != compute_dtype:
-        scratch = torch.empty_like(_slabs(samples[0])[0], dtype=compute_dtype)
+    # Low precision is widened slab by slab into scratch that stays in the cache, for operators on
+    # mixed types take twice as long; the sum is rounded once.
+    widens = x.dtype != compute_dtype
+    slab_shape = _slabs(samples[0])[0].shape if widens else (0,)
+    wide, wide_grad = torch.empty(2, *slab_shape, dtype=compute_dtype)
     for n in range(num_samples):
         for slab, grad_slab, out_slab in zip(
             _slabs(samples[n]), _slabs(grad_samples[n]), _slabs(out_samples[n]), strict=True
         ):
-            result = out_slab if scratch is None else scratch[: len(slab)]
-            torch.addcmul(offset[n], grad_slab, scale[n], out=result)
-            result.addcmul_(slab, slope[n])
-            if scratch is not None:
-                out_slab.copy_(result)
+            if not widens:
+                torch.addcmul(offset[n], grad_slab, scale[n], out=out_slab)
+                out_slab.addcmul_(slab, slope[n])
+                continue
+            result = wide_grad[: len(slab)].copy_(grad_slab)
+            torch.addcmul(offset[n], result, scale[n], out=result)
+            result.addcmul_(wide[: len(slab)].copy_(slab), slope[n])
+            out_slab.copy_(result)
     return grad_x, grad_weight, grad_bias
 
 
