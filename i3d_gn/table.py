@@ -184,15 +184,17 @@ def plot(runs: list[ImageRun], path: Path) -> None:
             style = {
                 "color": _COLOURS.get(norm, "tab:gray"),
                 "alpha": 1 - 0.75 * BATCH_SIZES.index(batch) / 5 if batch in BATCH_SIZES else 1,
-                "label": f"{norm.upper()}, {batch}" if item.config.seed == 0 else None,
+                # One label for all seeds.
+                "label": f"{norm.upper()}, {batch}" if batch not in points.get(norm, {}) else None,
             }
             epochs = range(1, len(item.errors) + 1)
             axes[0].plot(epochs, item.train_errors, **style)
             axes[1].plot(epochs, item.errors, **style)
+            errors = points.setdefault(norm, {}).setdefault(batch, [])
             if item.median_error is not None:
-                points.setdefault(norm, {}).setdefault(batch, []).append(item.median_error)
+                errors.append(item.median_error)
         for norm, by_batch in points.items():
-            sizes = sorted(by_batch, reverse=True)
+            sizes = sorted((size for size, errors in by_batch.items() if errors), reverse=True)
             means = [statistics.mean(by_batch[size]) for size in sizes]
             colour = _COLOURS.get(norm, "tab:gray")
             axes[2].plot(sizes, means, "o-", color=colour, label=norm.upper())
@@ -218,14 +220,18 @@ def plot(runs: list[ImageRun], path: Path) -> None:
 
 
 def _by_epoch(train_lines: list[dict[str, float]], epoch_ends: list[int]) -> list[float]:
-    """Mean training error of each epoch; a log line belongs to the epoch in which it ends."""
-    errors, start = [], 0
-    for end in epoch_ends:
-        lines = [line for line in train_lines if start < line["step"] <= end]
-        images = sum(line["clips"] for line in lines)
-        hits = sum(line["clips"] * line["top1"] for line in lines)
+    """Mean training error of each epoch; a log line counts by the steps it shares with it."""
+    errors = []
+    for start, end in zip([0, *epoch_ends], epoch_ends, strict=False):
+        images = hits = 0.0
+        first = 0
+        for line in train_lines:
+            last = int(line["step"])
+            shared = max(0, min(last, end) - max(first, start)) / (last - first)
+            images += shared * line["clips"]
+            hits += shared * line["clips"] * line["top1"]
+            first = last
         errors.append(100 - hits / images if images else float("nan"))
-        start = end
     return errors
 
 

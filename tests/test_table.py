@@ -7,7 +7,7 @@ import torch
 from i3d_gn import cli
 from i3d_gn.config import to_dict, to_yaml
 from i3d_gn.imagenet_config import load_imagenet_config
-from i3d_gn.table import read_image_run
+from i3d_gn.table import _by_epoch, read_image_run
 from i3d_gn.train_imagenet import build_image_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
@@ -117,3 +117,9 @@ def test_every_config_builds_on_meta(name):
         side = config.data.crop_size
         images = torch.empty(2 * config.train.images_per_gpu, 3, side, side)
     assert model(images).shape == (len(images), config.model.num_classes)
+
+
+def test_training_error_of_epochs_shorter_than_a_log_line():
+    lines = [{"step": 5, "clips": 50, "top1": 20.0}, {"step": 8, "clips": 30, "top1": 60.0}]
+    # Epochs of 2 steps: the third has one step of the first line and one of the second.
+    assert _by_epoch(lines, [2, 4, 6, 8]) == pytest.approx([80, 80, 60, 40])
