@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from i3d_gn.models.i3d import FORMS, I3D, NORM_NAMES, Bottleneck
+from i3d_gn.models.blocks import NORM_NAMES, Bottleneck
+from i3d_gn.models.i3d import FORMS, I3D
 from i3d_gn.models.tensor_names import own_name
 from i3d_gn.models.weight_files import WeightsInfo, read_weight_file
 from i3d_gn.norm import GroupNorm

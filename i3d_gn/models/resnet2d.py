@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3d_gn.models.i3d import Bottleneck, Kernel, NormFactory, StrideIn, make_stage
+from i3d_gn.models.blocks import Bottleneck, Kernel, NormFactory, StrideIn, make_stage
 from i3d_gn.norm import make_norm
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i3d_gn.models.i3d import NormFactory
+from i3d_gn.models.blocks import NormFactory
 from i3d_gn.norm import make_norm
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions

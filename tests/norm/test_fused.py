@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from i3d_gn.models import i3d_tiny
-from i3d_gn.models.i3d import make_stage
+from i3d_gn.models.blocks import make_stage
 from i3d_gn.norm import GroupNorm, Recomputation, kept_as, uses_fused_kernels
 from i3d_gn.norm.functional import group_norm
 from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_again, group_norm_fused_backward
