@@ -13,7 +13,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -46,6 +46,11 @@ _MAX_REORDER = 32
 # Yields the packets first ... stop - 1 of the file, in decoding order.
 _ReadPackets = Callable[[int, int], Iterator[av.Packet]]
 
+# Titles and comments in whatever encoding do not matter; to PyAV 19 they never do.
+_ANY_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+)
+
 
 class _TableError(Exception):
     """The decoder's frames contradict the table: the frames must be counted instead."""
@@ -55,15 +60,14 @@ class _TableError(Exception):
 def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the first video stream of a file, for decoding on one thread; closes it at the end.
 
-    A cover picture is a video stream to FFmpeg, but none here. Titles and comments in whatever
-    encoding do not matter.
+    A cover picture is a video stream to FFmpeg, but none here.
 
     Raises:
         VideoDecodeError: not a readable video file, no video stream in it, or no decoder for it.
     """
     try:
         # An absolute path: FFmpeg takes what comes before a colon in "a:b.mp4" for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), **_ANY_METADATA)
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error)) from error
     with container:
