@@ -17,6 +17,8 @@ the channels of a group in float64, so no step subtracts large squares.
 import torch
 from torch import Tensor
 
+from i3d_gn.norm.operators import Operator
+
 # Elements of a slab: 1 MiB in fp32, so that a slab stays in a core's L2 cache (measured best of
 # 2^15 to 2^19; larger slabs also save calls).
 _SLAB_ELEMENTS = 1 << 18
@@ -34,6 +36,17 @@ _LARGEST_TRUSTED_MEAN = 4.0
 def _rows(x: Tensor) -> Tensor:
     """View a dense channels_last tensor (N, C, *) as (N, S, C)."""
     return x.movedim(1, -1).flatten(1, -2)
+
+
+def _with_usual_strides(x: Tensor) -> Tensor:
+    """A dense channels_last tensor, copied if dimensions of size 1 have strides of their own.
+
+    Group norm of torch 2.11 refuses some of these, which mean nothing.
+    """
+    if 1 not in x.shape:
+        return x
+    usual = torch.empty(x.shape, device="meta", memory_format=_layout(x))
+    return x if x.stride() == usual.stride() else x.clone(memory_format=_layout(x))
 
 
 def _slabs(rows: Tensor) -> tuple[Tensor, ...]:
@@ -83,8 +96,7 @@ def _group_statistics(samples: Tensor, num_groups: int) -> tuple[Tensor, Tensor]
     return group_mean, ((variance + offset * offset) * share).sum((1, 3))
 
 
-@torch.library.custom_op("i3d_gn::group_norm_channels_last_cpu", mutates_args=())
-def group_norm_channels_last(
+def _forward(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Normalise a dense channels_last CPU tensor.
@@ -108,7 +120,7 @@ def group_norm_channels_last(
         return y.contiguous(memory_format=_layout(x)), torch.stack(statistics)
     if x.dtype != weight.dtype:
         sizes = (x.shape[0], x.shape[1], samples.shape[1], num_groups)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
+        y, mean, rstd = torch.native_group_norm(_with_usual_strides(x), weight, bias, *sizes, eps)
         if _are_trusted(mean, rstd):
             return y, torch.stack((mean, rstd))
     y = torch.empty_like(x)
@@ -133,8 +145,7 @@ def group_norm_channels_last(
     return y, torch.stack((mean, (variance + eps).rsqrt())).to(weight.dtype)
 
 
-@torch.library.custom_op("i3d_gn::group_norm_channels_last_cpu_backward", mutates_args=())
-def group_norm_channels_last_backward(
+def _gradients(
     grad_y: Tensor, x: Tensor, num_groups: int, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, weight and bias; all tensors as in and from the forward."""
@@ -151,6 +162,7 @@ def group_norm_channels_last_backward(
         )
         return grad_x.contiguous(memory_format=_layout(x)), grad_weight, grad_bias
     if samples.shape[1] < _FEW_ROWS and _are_trusted(mean, rstd):
+        x, grad_y = _with_usual_strides(x), _with_usual_strides(grad_y)
         return backward(grad_y, x, mean, rstd, weight, *sizes, [True] * 3)
     grad_x = torch.empty_like(x)
     samples, grad_samples, out_samples = _rows(x), _rows(grad_y), _rows(grad_x)
@@ -209,24 +221,23 @@ def group_norm_channels_last_backward(
     return grad_x, grad_weight, grad_bias
 
 
-@group_norm_channels_last.register_fake
-def _(x, num_groups, weight, bias, eps):
+def _fake_forward(x, num_groups, weight, bias, eps):
     return torch.empty_like(x), weight.new_empty(2, x.shape[0], num_groups)
 
 
-@group_norm_channels_last_backward.register_fake
-def _(grad_y, x, num_groups, weight, statistics):
+def _fake_gradients(grad_y, x, num_groups, weight, statistics):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _setup_context(ctx, inputs, output):
+def _keep_for_backward(ctx, inputs, output):
     x, num_groups, weight, _, _ = inputs
     _, statistics = output
     ctx.num_groups = num_groups
+    ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(x, weight, statistics)
 
 
-def _backward(ctx, grad_y, grad_statistics):
+def _backward(ctx, grad_y, _grad_statistics):
     x, weight, statistics = ctx.saved_tensors
     # An expanded gradient (that of a sum) is not dense; give it the layout of x.
     grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
@@ -236,7 +247,7 @@ def _backward(ctx, grad_y, grad_statistics):
     return grad_x, None, grad_weight, grad_bias, None
 
 
-def _ignore_context(ctx, inputs, output):
+def _keep_nothing(ctx, inputs, output):
     pass
 
 
@@ -247,7 +258,17 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-group_norm_channels_last.register_autograd(_backward, setup_context=_setup_context)
-group_norm_channels_last_backward.register_autograd(
-    _no_second_derivative, setup_context=_ignore_context
+group_norm_channels_last = Operator(
+    "i3d_gn::group_norm_channels_last_cpu",
+    _forward,
+    fake=_fake_forward,
+    setup_context=_keep_for_backward,
+    backward=_backward,
+)
+group_norm_channels_last_backward = Operator(
+    "i3d_gn::group_norm_channels_last_cpu_backward",
+    _gradients,
+    fake=_fake_gradients,
+    setup_context=_keep_nothing,
+    backward=_no_second_derivative,
 )

@@ -194,11 +194,11 @@ def _native_group_norm(
     if x.device.type != "cpu":
         # The CUDA kernel keeps mean and rstd in x's dtype: 8 bits of the mean in bf16.
         x = x.to(weight.dtype)
-    if torch.amp.is_autocast_available(x.device.type):
+    if x.is_meta:  # which autocast does not know
+        y = torch.group_norm(x, num_groups, weight, bias, eps)
+    else:
         with torch.autocast(x.device.type, enabled=False):
             y = torch.group_norm(x, num_groups, weight, bias, eps)
-    else:
-        y = torch.group_norm(x, num_groups, weight, bias, eps)
     return y.to(dtype).view(shape)
 
 
@@ -210,6 +210,8 @@ def _memory_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     if torch._C._are_functorch_transforms_active():
         return torch.contiguous_format  # vmap cannot tell
+    if x.is_contiguous(memory_format=channels_last):
+        return channels_last
     # empty_like looks through slicing: a cropped channels_last tensor counts as channels_last.
     if torch.empty_like(x, device="meta").is_contiguous(memory_format=channels_last):
         return channels_last

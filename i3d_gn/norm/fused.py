@@ -5,11 +5,14 @@ Bytes per element in bf16: forward 6 (x read twice, y written), 8 with a residua
 added also the result, which the next convolution keeps anyway.
 """
 
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from i3d_gn.norm.operators import Operator
 
 # Elements of the tile that a program works on, its channels at most, and programs per
 # multiprocessor: 16 elements for each of 256 threads, rows of 256 bytes, a few waves.
@@ -47,9 +50,14 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(x: Tensor) -> _Tiling:
-    num_samples, num_channels = x.shape[:2]
-    num_rows = x.numel() // (num_samples * num_channels)
-    if x.is_contiguous() and num_rows > 1:
+    return _tiling_of(x.shape, x.is_contiguous(), _wanted_programs(x.device))
+
+
+@lru_cache(maxsize=1024)
+def _tiling_of(shape: torch.Size, is_contiguous: bool, wanted_programs: int) -> _Tiling:
+    num_samples, num_channels = shape[:2]
+    num_rows = shape.numel() // (num_samples * num_channels)
+    if is_contiguous and num_rows > 1:
         channel_stride, row_stride = num_rows, 1
         block_s = min(_TILE_ELEMENTS, _next_power_of_2(num_rows))
         block_c = min(_TILE_ELEMENTS // block_s, _next_power_of_2(num_channels))
@@ -60,7 +68,7 @@ def _tiling(x: Tensor) -> _Tiling:
     # Split the rows of a sample until there are programs enough for the device.
     num_tiles = -(-num_rows // block_s)
     columns = num_samples * -(-num_channels // block_c)
-    num_chunks = min(num_tiles, max(1, _wanted_programs(x.device) // columns))
+    num_chunks = min(num_tiles, max(1, wanted_programs // columns))
     iterations = -(-num_tiles // num_chunks)
     return _Tiling(
         num_samples,
@@ -79,6 +87,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@cache
 def _wanted_programs(device: torch.device) -> int:
     if device.type == "cuda":
         count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -93,8 +102,7 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-@torch.library.custom_op("i3d_gn::group_norm_fused", mutates_args=())
-def group_norm_fused(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     num_groups: int,
@@ -119,19 +127,25 @@ def group_norm_fused(
         reciprocal standard deviations.
     """
     kernels, tiling = _kernels(), _tiling(x)
-    num_groups_in_all = tiling.num_samples * num_groups
     group_size = tiling.num_channels // num_groups
-    partial = x.new_empty(
-        (2, tiling.num_samples, tiling.num_chunks, tiling.num_channels), dtype=torch.float32
-    )
+    partial_mean, partial_m2 = _per_chunk_and_channel(x, tiling)
     statistics = x.new_empty((2, tiling.num_samples, num_groups), dtype=torch.float32)
+    mean, rstd = statistics.unbind()
     with torch.cuda.device_of(x):
         kernels.partial_statistics[(tiling.num_programs,)](
-            x, *partial, *tiling.shape, tiling.num_chunks, tiling.iterations, **tiling.options
+            x,
+            partial_mean,
+            partial_m2,
+            *tiling.shape,
+            tiling.num_chunks,
+            tiling.iterations,
+            **tiling.options,
         )
-        kernels.combine_statistics[(num_groups_in_all,)](
-            *partial,
-            *statistics,
+        kernels.combine_statistics[(tiling.num_samples * num_groups,)](
+            partial_mean,
+            partial_m2,
+            mean,
+            rstd,
             tiling.num_channels,
             tiling.num_rows,
             num_groups,
@@ -142,15 +156,15 @@ def group_norm_fused(
             BLOCK=_COMBINE_BLOCK,
             num_warps=4,
         )
-    return _normalize(x, residual, num_groups, weight, bias, statistics, relu), statistics
+    return _normalize(x, residual, num_groups, weight, bias, mean, rstd, relu), statistics
 
 
-@torch.library.custom_op("i3d_gn::group_norm_fused_again", mutates_args=())
-def group_norm_fused_again(
+def _again(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
 ) -> Tensor:
     """The result of `group_norm_fused` a second time, bit for bit, from its statistics."""
-    return _normalize(x, None, num_groups, weight, bias, statistics, relu)
+    mean, rstd = statistics.unbind()
+    return _normalize(x, None, num_groups, weight, bias, mean, rstd, relu)
 
 
 def _normalize(
@@ -159,7 +173,8 @@ def _normalize(
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
-    statistics: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     relu: bool,
 ) -> Tensor:
     tiling = _tiling(x)
@@ -169,7 +184,8 @@ def _normalize(
             x,
             x if residual is None else residual,
             y,
-            *statistics,
+            mean,
+            rstd,
             weight,
             bias,
             *tiling.shape,
@@ -184,8 +200,7 @@ def _normalize(
     return y
 
 
-@torch.library.custom_op("i3d_gn::group_norm_fused_backward", mutates_args=())
-def group_norm_fused_backward(
+def _gradients(
     grad_y: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -214,10 +229,9 @@ def group_norm_fused_backward(
     group_size = tiling.num_channels // num_groups
     has_residual = y is not None
     grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
-    partial = x.new_empty(
-        (2, tiling.num_samples, tiling.num_chunks, tiling.num_channels), dtype=torch.float32
-    )
-    averages = torch.empty_like(statistics)
+    partial_projection, partial_total = _per_chunk_and_channel(x, tiling)
+    mean, rstd = statistics.unbind()
+    slope, level = torch.empty_like(statistics).unbind()
     grad_x = torch.empty_like(x)
     per_tile = (
         *tiling.shape,
@@ -233,18 +247,22 @@ def group_norm_fused_backward(
             x,
             y if has_residual else x,
             grad_residual,
-            *statistics,
+            mean,
+            rstd,
             weight,
             bias,
-            *partial,
+            partial_projection,
+            partial_total,
             *per_tile,
             **fused,
             **tiling.options,
         )
         kernels.combine_gradient_sums[(tiling.num_samples * num_groups,)](
-            *partial,
+            partial_projection,
+            partial_total,
             weight,
-            *averages,
+            slope,
+            level,
             tiling.num_channels,
             tiling.num_rows,
             num_groups,
@@ -257,35 +275,39 @@ def group_norm_fused_backward(
             grad_residual if has_residual else grad_y,
             x,
             grad_x,
-            *statistics,
+            mean,
+            rstd,
             weight,
             bias,
-            *averages,
+            slope,
+            level,
             *per_tile,
             **fused,
             **tiling.options,
         )
-    grad_weight, grad_bias = partial.flatten(1, 2).sum(1)
-    return grad_x, grad_residual, grad_weight.clone(), grad_bias.clone()
+    return grad_x, grad_residual, partial_projection.sum((0, 1)), partial_total.sum((0, 1))
 
 
-@group_norm_fused.register_fake
-def _(x, residual, num_groups, weight, bias, eps, relu):
+def _per_chunk_and_channel(x: Tensor, tiling: _Tiling) -> tuple[Tensor, ...]:
+    """Two tensors (N, chunks, C) in float32."""
+    shape = (2, tiling.num_samples, tiling.num_chunks, tiling.num_channels)
+    return x.new_empty(shape, dtype=torch.float32).unbind()
+
+
+def _fake_forward(x, residual, num_groups, weight, bias, eps, relu):
     return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
 
 
-@group_norm_fused_again.register_fake
-def _(x, num_groups, weight, bias, statistics, relu):
+def _fake_again(x, num_groups, weight, bias, statistics, relu):
     return torch.empty_like(x)
 
 
-@group_norm_fused_backward.register_fake
-def _(grad_y, x, y, num_groups, weight, bias, statistics, relu):
+def _fake_gradients(grad_y, x, y, num_groups, weight, bias, statistics, relu):
     grad_residual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), grad_residual, torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _setup_context(ctx, inputs, output):
+def _keep_for_backward(ctx, inputs, output):
     x, residual, num_groups, weight, bias, _, relu = inputs
     y, statistics = output
     ctx.num_groups = num_groups
@@ -312,7 +334,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def _ignore_context(ctx, inputs, output):
+def _keep_nothing(ctx, inputs, output):
     pass
 
 
@@ -323,5 +345,24 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-group_norm_fused.register_autograd(_backward, setup_context=_setup_context)
-group_norm_fused_backward.register_autograd(_no_second_derivative, setup_context=_ignore_context)
+group_norm_fused = Operator(
+    "i3d_gn::group_norm_fused",
+    _forward,
+    fake=_fake_forward,
+    setup_context=_keep_for_backward,
+    backward=_backward,
+)
+group_norm_fused_again = Operator(
+    "i3d_gn::group_norm_fused_again",
+    _again,
+    fake=_fake_again,
+    setup_context=_keep_nothing,
+    backward=_no_second_derivative,
+)
+group_norm_fused_backward = Operator(
+    "i3d_gn::group_norm_fused_backward",
+    _gradients,
+    fake=_fake_gradients,
+    setup_context=_keep_nothing,
+    backward=_no_second_derivative,
+)

@@ -13,7 +13,7 @@ from i3d_gn.models import i3d_tiny
 from i3d_gn.models.blocks import make_stage
 from i3d_gn.norm import GroupNorm, Recomputation, kept_as, uses_fused_kernels
 from i3d_gn.norm.functional import group_norm
-from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_again, group_norm_fused_backward
+from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_again
 
 pytest.importorskip("triton")
 
@@ -210,16 +210,18 @@ def test_index_arithmetic_is_64_bit():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_custom_operators_are_registered_correctly(layout):
     x, residual, weight, bias, grad = tensors((2, 4, 2, 3, 3), layout, torch.float32)
-    torch.library.opcheck(group_norm_fused, (x, residual, 2, weight, bias, 1e-5, True))
-    torch.library.opcheck(group_norm_fused, (x, None, 2, weight, bias, 1e-5, False))
+    ops = torch.ops.i3d_gn
+    forward = ops.group_norm_fused.default
+    torch.library.opcheck(forward, (x, residual, 2, weight, bias, 1e-5, True))
+    torch.library.opcheck(forward, (x, None, 2, weight, bias, 1e-5, False))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     y, statistics = group_norm_fused(x, None, 2, weight, bias, 1e-5, True)
     again = (x, 2, weight, bias, statistics, True)
-    torch.library.opcheck(group_norm_fused_again, again)
+    torch.library.opcheck(ops.group_norm_fused_again.default, again)
     assert torch.equal(group_norm_fused_again(*again), y)
     for y_or_none in (y, None):
         arguments = (grad, x, y_or_none, 2, weight, bias, statistics, True)
-        torch.library.opcheck(group_norm_fused_backward, arguments)
+        torch.library.opcheck(ops.group_norm_fused_backward.default, arguments)
 
 
 def test_second_derivative_is_a_clear_error():

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from i3d_gn.norm import GroupNorm
-from i3d_gn.norm.channels_last_cpu import group_norm_channels_last
 from i3d_gn.norm.functional import group_norm
 
 SHAPES = [
@@ -269,6 +268,19 @@ def test_non_finite_values_stay_in_their_group_and_sample(layout, poison):
     assert torch.equal(y, clean)
 
 
+@pytest.mark.parametrize("num_groups", [2, 32])
+def test_strides_of_dimensions_of_size_1_mean_nothing(num_groups):
+    x = torch.randn(1, 64, 1, 6, 5).bfloat16()
+    usual = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    odd = usual.detach().as_strided(usual.shape, (7, 1, 3, 320, 64)).requires_grad_()
+    y, expected = (group_norm(t, num_groups, relu=True) for t in (odd, usual))
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    assert torch.equal(
+        *(torch.autograd.grad(a, b, grad)[0] for a, b in ((y, odd), (expected, usual)))
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
@@ -325,7 +337,7 @@ def test_custom_operator_is_registered_correctly():
         weight = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
         bias = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
         torch.library.opcheck(
-            group_norm_channels_last,
+            torch.ops.i3d_gn.group_norm_channels_last_cpu.default,
             (x.requires_grad_(), 4, weight, bias, 1e-5),
             rtol=1e-2,
             atol=1e-2,
