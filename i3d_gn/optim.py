@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,11 +21,16 @@ def build_sgd(
     nesterov: bool,
     weight_decay: float,
     norm_weight_decay: float,
+    loss_scaling: bool = False,
 ) -> torch.optim.SGD:
     """SGD whose weight decay on norm layers' gamma and beta is set apart.
 
     [NL] decays weights by 1e-4 and norm parameters by 0; [GN] section 4.1 decays everything on
     ImageNet and does not say for Kinetics. The learning rate is set at every step by `set_lr`.
+
+    torch's fused kernel, which reads and writes everything once, takes the steps, but not with
+    `loss_scaling`: a step that the `GradScaler` then calls off has changed the momentum already
+    (torch 2.11 to 2.14).
     """
     norm_parameters = [
         parameter
@@ -45,7 +50,21 @@ def build_sgd(
         lr=0.0,
         momentum=momentum,
         nesterov=nesterov,
+        fused=not loss_scaling,
     )
+
+
+def load_sgd_state(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+    """Go on from `state`, written by a run whose tensors may have had another memory format."""
+    fused = [group["fused"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, value in zip(optimizer.param_groups, fused, strict=True):
+        group["fused"] = value
+    # The fused kernel on a CPU takes memory as it lies, without a look at strides.
+    for parameter, values in optimizer.state.items():
+        momentum = values.get("momentum_buffer")
+        if momentum is not None and momentum.stride() != parameter.stride():
+            values["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(momentum)
 
 
 def learning_rate(

@@ -34,7 +34,7 @@ from i3d_gn.device_clips import DeviceClips
 from i3d_gn.distributed import World, join_world, wait_for_all
 from i3d_gn.evaluate import evaluate_model
 from i3d_gn.models import I3D
-from i3d_gn.optim import build_sgd, learning_rate
+from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state
 from i3d_gn.output_dir import claim_output_dir
 from i3d_gn.run_log import RunLog
 from i3d_gn.step_loop import run_steps
@@ -101,6 +101,7 @@ def train(config: Config, world: World) -> None:
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
         norm_weight_decay=recipe.norm_weight_decay,
+        loss_scaling=recipe.precision == "fp16",
     )
     micro_batches = micro_batches_per_process(
         global_batch_size=recipe.global_batch_size,
@@ -114,7 +115,7 @@ def train(config: Config, world: World) -> None:
         saved = load_checkpoint(resume_from)
         mean, std = tuple(saved["input"]["mean"]), tuple(saved["input"]["std"])
         load_model_state(model, saved["model"], path=resume_from)
-        optimizer.load_state_dict(saved["optimizer"])
+        load_sgd_state(optimizer, saved["optimizer"])
         first_step, num_broken = saved["step"], saved["num_broken"]
         logger.info("resuming after step %d from %s", first_step, resume_from)
     to_device = build.device_clips(world, config, mean=mean, std=std)

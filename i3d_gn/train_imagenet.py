@@ -41,7 +41,7 @@ from i3d_gn.imagenet_config import ImageModelConfig, ImagenetConfig, load_imagen
 from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_tiny
 from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm, normalize_kernels
-from i3d_gn.optim import build_sgd, learning_rate
+from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state
 from i3d_gn.output_dir import claim_output_dir
 from i3d_gn.run_log import RunLog, read_log, write_text_atomically
 from i3d_gn.step_loop import run_steps
@@ -145,12 +145,13 @@ def train_imagenet(config: ImagenetConfig, world: World) -> None:
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
         norm_weight_decay=recipe.norm_weight_decay,
+        loss_scaling=recipe.precision == "fp16",
     )
     first_step, saved = 0, None
     if resume_from is not None:
         saved = load_checkpoint(resume_from)
         load_model_state(model, saved["model"], path=resume_from)
-        optimizer.load_state_dict(saved["optimizer"])
+        load_sgd_state(optimizer, saved["optimizer"])
         first_step = saved["step"]
         logger.info("resuming after step %d from %s", first_step, resume_from)
     if recipe.compile:

@@ -1,11 +1,13 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import make_norm
-from i3d_gn.optim import build_sgd, learning_rate, set_lr
+from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state, set_lr
 
 RECIPE = {
     "steps": 400_000, "lr": 0.01, "lr_batch_size": 64, "global_batch_size": 64,
@@ -60,3 +62,73 @@ def test_no_norm_layers_leave_one_group():
         nn.Linear(2, 2), momentum=0.9, nesterov=True, weight_decay=0.1, norm_weight_decay=0.0
     )
     assert len(optimizer.param_groups) == 1
+
+
+def stepped(*, fused, channels_last, precision="fp32", steps=3):
+    """Parameters, momentum and optimiser of a small network after some steps."""
+    torch.manual_seed(0)
+    model = i3d_tiny("gn", num_classes=5)
+    if channels_last:
+        model.to(memory_format=torch.channels_last_3d)
+    optimizer = build_sgd(
+        model, momentum=0.9, nesterov=True, weight_decay=1e-4, norm_weight_decay=0.0
+    )
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    set_lr(optimizer, 0.05)
+    clips = torch.rand(2, 3, 8, 32, 32)
+    if channels_last:
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(clips).float().square().mean()
+        loss.backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fused_kernel_takes_the_same_steps(channels_last, precision):
+    fused, _ = stepped(fused=True, channels_last=channels_last, precision=precision)
+    plain, _ = stepped(fused=False, channels_last=channels_last, precision=precision)
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_state_of_another_memory_format_goes_on_as_it_was(channels_last):
+    model, optimizer = stepped(fused=True, channels_last=channels_last)
+    torch.manual_seed(1)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+
+    other, other_optimizer = stepped(fused=True, channels_last=not channels_last, steps=0)
+    other.load_state_dict(model.state_dict())
+    load_sgd_state(other_optimizer, copy.deepcopy(optimizer.state_dict()))
+    for network, sgd in ((model, optimizer), (other, other_optimizer)):
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        sgd.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_that_overflowed_leaves_no_trace():
+    parameter = nn.Parameter(torch.ones(3))
+    model = nn.ParameterList([parameter])
+    optimizer = build_sgd(
+        model, momentum=0.9, nesterov=True, weight_decay=0.1, norm_weight_decay=0.0,
+        loss_scaling=True,
+    )  # fmt: skip
+    set_lr(optimizer, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(parameter.sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter, torch.ones(3))
+    assert not optimizer.state
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 1 - 0.1 * 1.9 * 1.1))
