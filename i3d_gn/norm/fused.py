@@ -22,6 +22,10 @@ _PROGRAMS_PER_MULTIPROCESSOR = 8
 _NUM_WARPS = 8
 _COMBINE_BLOCK = 256
 
+# Of sums over chunks: few channels a program, because few programs would take their time.
+_SUM_BLOCK_ENTRIES = 128
+_SUM_BLOCK_CHANNELS = 8
+
 
 class _Tiling(NamedTuple):
     """How programs share a tensor (N, C, *) out."""
@@ -217,8 +221,8 @@ def _gradients(
         x: as in the forward.
         y: the forward's result if it had a residual.
         num_groups: as in the forward, like weight, bias and relu.
-        weight: (C,).
-        bias: (C,).
+        weight: (C,) in float32.
+        bias: (C,) in float32.
         statistics: from the forward.
         relu: whether the forward applied it.
 
@@ -232,7 +236,7 @@ def _gradients(
     partial_projection, partial_total = _per_chunk_and_channel(x, tiling)
     mean, rstd = statistics.unbind()
     slope, level = torch.empty_like(statistics).unbind()
-    grad_x = torch.empty_like(x)
+    grad_x, grad_weight, grad_bias = map(torch.empty_like, (x, weight, bias))
     per_tile = (
         *tiling.shape,
         num_groups,
@@ -257,18 +261,24 @@ def _gradients(
             **fused,
             **tiling.options,
         )
-        kernels.combine_gradient_sums[(tiling.num_samples * num_groups,)](
+        num_sums = -(-tiling.num_channels // _SUM_BLOCK_CHANNELS)
+        kernels.combine_gradient_sums[(tiling.num_samples * num_groups + num_sums,)](
             partial_projection,
             partial_total,
             weight,
             slope,
             level,
+            grad_weight,
+            grad_bias,
+            tiling.num_samples,
             tiling.num_channels,
             tiling.num_rows,
             num_groups,
             group_size,
             tiling.num_chunks,
             BLOCK=_COMBINE_BLOCK,
+            SUM_BLOCK_E=_SUM_BLOCK_ENTRIES,
+            SUM_BLOCK_C=_SUM_BLOCK_CHANNELS,
             num_warps=4,
         )
         kernels.input_gradient[(tiling.num_programs,)](
@@ -285,7 +295,7 @@ def _gradients(
             **fused,
             **tiling.options,
         )
-    return grad_x, grad_residual, partial_projection.sum((0, 1)), partial_total.sum((0, 1))
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def _per_chunk_and_channel(x: Tensor, tiling: _Tiling) -> tuple[Tensor, ...]:

@@ -263,6 +263,66 @@ def combine_gradient_sums(
     weight_ptr,
     slope_ptr,  # (N, G): means over a group of weight * grad * x_normalized
     level_ptr,  # (N, G): means over a group of weight * grad
+    grad_weight_ptr,  # (C,)
+    grad_bias_ptr,  # (C,)
+    num_samples,
+    num_channels,
+    num_rows,
+    num_groups,
+    group_size,
+    num_chunks,
+    BLOCK: tl.constexpr,
+    SUM_BLOCK_E: tl.constexpr,
+    SUM_BLOCK_C: tl.constexpr,
+):
+    """Two averages per group, one program a group; then two sums per channel, SUM_BLOCK_C each."""
+    program = tl.program_id(0)
+    if program < num_samples * num_groups:
+        _average_gradients(
+            program,
+            partial_projection_ptr,
+            partial_total_ptr,
+            weight_ptr,
+            slope_ptr,
+            level_ptr,
+            num_channels,
+            num_rows,
+            num_groups,
+            group_size,
+            num_chunks,
+            BLOCK,
+        )
+    else:
+        channel = (program - num_samples * num_groups) * SUM_BLOCK_C + tl.arange(0, SUM_BLOCK_C)
+        num_entries = num_samples * num_chunks
+        _sum_over_entries(
+            partial_projection_ptr,
+            grad_weight_ptr,
+            channel,
+            num_entries,
+            num_channels,
+            SUM_BLOCK_E,
+            SUM_BLOCK_C,
+        )
+        _sum_over_entries(
+            partial_total_ptr,
+            grad_bias_ptr,
+            channel,
+            num_entries,
+            num_channels,
+            SUM_BLOCK_E,
+            SUM_BLOCK_C,
+        )
+
+
+@triton.jit
+def _average_gradients(
+    program,
+    partial_projection_ptr,
+    partial_total_ptr,
+    weight_ptr,
+    slope_ptr,
+    level_ptr,
     num_channels,
     num_rows,
     num_groups,
@@ -270,9 +330,8 @@ def combine_gradient_sums(
     num_chunks,
     BLOCK: tl.constexpr,
 ):
-    """A group's two averages, one program a group."""
-    sample = (tl.program_id(0) // num_groups).to(tl.int64)
-    group = tl.program_id(0) % num_groups
+    sample = (program // num_groups).to(tl.int64)
+    group = program % num_groups
     first_entry = sample * num_chunks * num_channels + group * group_size
     num_entries = num_chunks * group_size
 
@@ -289,8 +348,28 @@ def combine_gradient_sums(
         slope += weight.to(tl.float64) * projection.to(tl.float64)
         level += weight.to(tl.float64) * total.to(tl.float64)
     count = tl.cast(num_rows, tl.float64) * tl.cast(group_size, tl.float64)
-    tl.store(slope_ptr + tl.program_id(0), (tl.sum(slope, axis=0) / count).to(tl.float32))
-    tl.store(level_ptr + tl.program_id(0), (tl.sum(level, axis=0) / count).to(tl.float32))
+    tl.store(slope_ptr + program, (tl.sum(slope, axis=0) / count).to(tl.float32))
+    tl.store(level_ptr + program, (tl.sum(level, axis=0) / count).to(tl.float32))
+
+
+@triton.jit
+def _sum_over_entries(
+    partial_ptr,  # (entries, C)
+    sum_ptr,  # (C,)
+    channel,
+    num_entries,
+    num_channels,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    total = tl.zeros([BLOCK_E, BLOCK_C], dtype=tl.float64)
+    in_channels = channel < num_channels
+    for first in range(0, num_entries, BLOCK_E):
+        entry = (first + tl.arange(0, BLOCK_E)).to(tl.int64)
+        inside = (entry < num_entries)[:, None] & in_channels[None, :]
+        offset = entry[:, None] * num_channels + channel[None, :]
+        total += tl.load(partial_ptr + offset, mask=inside, other=0.0).to(tl.float64)
+    tl.store(sum_ptr + channel, tl.sum(total, axis=0).to(tl.float32), mask=in_channels)
 
 
 @triton.jit

@@ -205,6 +205,24 @@ def test_index_arithmetic_is_64_bit():
     torch.testing.assert_close(m2.view(2), x.float().var(0, correction=0) * 5)
 
 
+def test_gradient_sums_of_more_chunks_than_a_block_holds():
+    from i3d_gn.norm import triton_kernels
+
+    generator = torch.Generator().manual_seed(0)
+    samples, chunks, channels, groups = 3, 100, 15, 5
+    partial = torch.randn(2, samples, chunks, channels, generator=generator).to(DEVICE)
+    weight = torch.rand(channels, generator=generator).to(DEVICE)
+    averages = torch.empty(2, samples, groups, device=DEVICE)
+    sums = torch.empty(2, channels, device=DEVICE)
+    triton_kernels.combine_gradient_sums[(samples * groups + 2,)](
+        *partial, weight, *averages, *sums, samples, channels, 700, groups, 3, chunks,
+        BLOCK=64, SUM_BLOCK_E=128, SUM_BLOCK_C=8,
+    )  # fmt: skip
+    torch.testing.assert_close(sums, partial.double().sum((1, 2)).float())
+    by_group = (partial.double() * weight).sum(2).unflatten(-1, (groups, 3)).sum(-1) / (700 * 3)
+    torch.testing.assert_close(averages, by_group.float(), rtol=1e-5, atol=1e-7)
+
+
 # opcheck itself reads the .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -471,7 +489,9 @@ for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num
              {"num_channels", "num_rows", "num_groups", "channel_stride"}):
     compile("partial_statistics", ones, BLOCK_S=32, BLOCK_C=128)
     compile("combine_statistics", ones, BLOCK=256)
-    compile("combine_gradient_sums", ones, BLOCK=256)
+    for samples in (set(), {"num_samples"}):
+        compile("combine_gradient_sums", ones | samples,
+                BLOCK=256, SUM_BLOCK_E=128, SUM_BLOCK_C=8)
     for relu, residual in ((False, False), (True, False), (True, True)):
         for name in ("normalize", "partial_gradient_sums", "input_gradient"):
             compile(name, ones, RELU=relu, RESIDUAL=residual, BLOCK_S=32, BLOCK_C=128)
