@@ -6,8 +6,8 @@ All run normalisation and ReLU on the same channels_last_3d tensor, except where
 contiguous. ``share`` is the bytes that must be moved (forward: x read, y written; with backward
 also the gradient and x read, the gradient written) over the time, as a share of what a device copy
 of the same tensor achieves: 1.0 is the bound that no implementation can pass while the tensor
-exceeds the cache. Medians of interleaved repeats (on CUDA of ten calls each, so small shapes show
-what launching costs), inputs rotated so that none is found in the cache.
+exceeds the cache. Medians of interleaved repeats, on CUDA of ten calls each, all launched before
+the first of them runs; inputs rotate so that none is found in the cache.
 
 Liger-Kernel's and Apex's group norm take part where they are installed.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     cuda = args.device == "cuda"
 
-    rows = []
+    rows, table = [], ""
     for num_clips in (4,) if args.quick else (4, 8) if cuda else (1,):
         for channels, *size in SHAPES:
             num_bytes = num_clips * channels * size[0] * size[1] * size[2] * 2
@@ -145,6 +146,7 @@ def main() -> None:
                     repeats=repeats,
                     warm_up=3 if cuda else 1,
                     calls=10 if cuda else 1,
+                    queued=True,
                 )
                 copy_rate = 2 * num_bytes / medians.pop("copy")
                 for name, seconds in medians.items():
@@ -162,7 +164,12 @@ def main() -> None:
                         }
                     )
             del inputs, target, candidates, runs, rotating
+            table = _report(rows, args)
+    print(table)
 
+
+def _report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Write all results so far: of a run that is cut off, those stay. Returns the table."""
     table = markdown_table(
         ["shape", "MB", "pass", "implementation", "µs", "GB/s", "share of copy"],
         (
@@ -174,7 +181,6 @@ def main() -> None:
             for row in rows
         ),
     )  # fmt: skip
-    print(table)
     facts = environment(args.device)
     if args.json:
         args.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
@@ -182,6 +188,7 @@ def main() -> None:
         protocol = (__doc__ or "").partition("[--markdown PATH]")[2].strip()
         head = ", ".join(f"{name} {value}" for name, value in facts.items())
         args.markdown.write_text(f"# Group norm alone\n\n{protocol}\n\n{head}\n\n{table}\n")
+    return table
 
 
 if __name__ == "__main__":

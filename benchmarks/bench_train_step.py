@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def main() -> None:
     cuda = args.device == "cuda"
     torch.backends.cudnn.benchmark = True
 
-    rows = []
+    rows, table = [], ""
     cases = CUDA_CASES if cuda else CPU_CASES
     for case, (num_frames, size, num_clips) in list(cases.items())[: 1 if args.quick else None]:
         steps, peaks, layouts = {}, {}, {}
@@ -174,7 +175,12 @@ def main() -> None:
                 }
             )
         del steps
+        table = _report(rows, args)
+    print(table)
 
+
+def _report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Write all results so far: of a run that is cut off, those stay. Returns the table."""
     table = markdown_table(
         ["case", "network", "ms a step", "clips/s", "peak, GB"],
         (
@@ -186,7 +192,6 @@ def main() -> None:
             for row in rows
         ),
     )  # fmt: skip
-    print(table)
     facts = environment(args.device)
     if args.json:
         args.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
@@ -194,6 +199,7 @@ def main() -> None:
         protocol = (__doc__ or "").partition("[--markdown PATH]")[2].strip()
         head = ", ".join(f"{name} {value}" for name, value in facts.items())
         args.markdown.write_text(f"# Training step\n\n{protocol}\n\n{head}\n\n{table}\n")
+    return table
 
 
 if __name__ == "__main__":

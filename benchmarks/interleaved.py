@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+# Of a GPU's clock, a good half millisecond: forward and backward of a layer are launched in less.
+_CYCLES_TO_LAUNCH = 1_000_000
+
 
 def median_seconds(
     candidates: dict[str, Callable[[], object]],
@@ -17,18 +20,23 @@ def median_seconds(
     repeats: int,
     warm_up: int,
     calls: int = 1,
+    queued: bool = False,
 ) -> dict[str, float]:
     """Median duration of a call of each candidate.
 
     Each repeat runs all of them one after the other, `calls` times in a row each, so that a noisy
     neighbour or a sinking clock hits all alike. On CUDA by events around the calls, elsewhere
-    in processor time of all threads, which other processes on the machine do not enter.
+    in processor time of all threads, which other processes on the machine do not enter. `queued`
+    calls wait on the GPU until all are launched: the time is that of the kernels alone, where
+    launching them takes longer.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(warm_up + repeats):
         for name, run in candidates.items():
-            measure = _seconds_cuda if device == "cuda" else _seconds_cpu
-            duration = measure(run, calls)
+            if device == "cuda":
+                duration = _seconds_cuda(run, calls, queued)
+            else:
+                duration = _seconds_cpu(run, calls)
             if repeat >= warm_up:
                 seconds[name].append(duration / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -66,9 +74,11 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
-def _seconds_cuda(run: Callable[[], object], calls: int) -> float:
+def _seconds_cuda(run: Callable[[], object], calls: int, queued: bool) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(_CYCLES_TO_LAUNCH * calls)
     start.record()
     for _ in range(calls):
         run()

@@ -6,6 +6,7 @@ tensors (bf16, 64 x 16 x 56 x 56: 49 ms against 1.6). Hence
 
 - short samples go through the contiguous layout: the copies stay in the cache;
 - in low precision, forward trusts torch's statistics where they show that nothing cancelled;
+- backward is torch's where nothing cancels and groups are wide enough for its vectors;
 - all else is built here from sums over rows and torch's batch-norm kernels.
 
 For the latter a channels_last sample is a matrix of S = T*H*W rows and C columns, worked through in
@@ -19,14 +20,23 @@ from torch import Tensor
 
 from i3d_gn.norm.operators import Operator
 
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
 # Elements of a slab: 1 MiB in fp32, so that a slab stays in a core's L2 cache (measured best of
 # 2^15 to 2^19; larger slabs also save calls).
 _SLAB_ELEMENTS = 1 << 18
 
-# Below this many rows torch's channels_last kernels are fast for wide groups alone, from the width
-# of a vector on; narrow groups are better copied (measured at C = 64 to 512, bf16 and fp32).
+# Forward, below this many rows torch has another channels_last kernel, fast from groups of a
+# vector's width on; narrower ones are better copied, and so is fp32, where torch is not right.
 _FEW_ROWS = 1024
 _WIDE_GROUP = 16
+
+# Backward, torch's channels_last kernel takes these groups at the speed of batch norm, in low
+# precision as wide as a vector; in fp32 its sums are good enough over so many rows. Of samples with
+# fewer rows than the last of these, slabs are dearer than copies (all measured at C = 64 to 2048).
+_WIDE_GROUP_FP32 = 4
+_SUMMED_ROWS_FP32 = 4096
+_FEW_ROWS_BACKWARD = 512
 
 # The largest |mean| / std at which E[x^2] - E[x]^2 is exact to much less than an ulp of bfloat16
 # or float16: of the variance, 17 times the 1e-5 that summing 25,000 numbers in fp32 costs.
@@ -43,10 +53,13 @@ def _with_usual_strides(x: Tensor) -> Tensor:
 
     Group norm of torch 2.11 refuses some of these, which mean nothing.
     """
-    if 1 not in x.shape:
-        return x
-    usual = torch.empty(x.shape, device="meta", memory_format=_layout(x))
-    return x if x.stride() == usual.stride() else x.clone(memory_format=_layout(x))
+    sizes, strides = x.shape, x.stride()
+    usual = 1
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if strides[dim] != usual:
+            return x.clone(memory_format=_layout(x))
+        usual *= sizes[dim]
+    return x
 
 
 def _slabs(rows: Tensor) -> tuple[Tensor, ...]:
@@ -57,16 +70,22 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def _is_better_contiguous(samples: Tensor, group_size: int) -> bool:
-    """Whether to copy samples (N, S, C) to the contiguous layout and back."""
-    return samples.shape[1] < _FEW_ROWS and (
-        group_size < _WIDE_GROUP or samples.dtype not in (torch.bfloat16, torch.float16)
-    )
+def _is_better_contiguous(dtype: torch.dtype, num_rows: int, group_size: int) -> bool:
+    """Whether to copy to the contiguous layout and back."""
+    return num_rows < _FEW_ROWS and (group_size < _WIDE_GROUP or dtype not in _LOW_PRECISION)
+
+
+def _torch_backward_suits(dtype: torch.dtype, num_rows: int, group_size: int) -> bool:
+    """Whether torch's channels_last backward is fast, and right where statistics are trusted."""
+    if dtype in _LOW_PRECISION:
+        return group_size >= _WIDE_GROUP
+    return group_size >= _WIDE_GROUP_FP32 and num_rows <= _SUMMED_ROWS_FP32
 
 
 def _are_trusted(mean: Tensor, rstd: Tensor) -> bool:
     """Whether statistics (N, G) of torch's channels_last kernel can be right; NaN is not."""
-    return bool((((mean * rstd).abs() <= _LARGEST_TRUSTED_MEAN) & (rstd > 0)).all())
+    room = rstd * (_LARGEST_TRUSTED_MEAN - (mean * rstd).abs())  # 0 if the variance overflowed
+    return room.min().item() > 0
 
 
 def _group_statistics(samples: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -97,32 +116,49 @@ def _group_statistics(samples: Tensor, num_groups: int) -> tuple[Tensor, Tensor]
 
 
 def _forward(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Normalise a dense channels_last CPU tensor.
+    x: Tensor,
+    residual: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise a dense channels_last CPU tensor, add `residual`, apply ReLU on request.
 
     Args:
         x: (N, C, H, W) or (N, C, T, H, W), contiguous in the channels_last format, not empty.
+        residual: of x's shape and dtype; with `relu` only.
         num_groups: G, a divisor of C.
         weight: (C,) in float32, or float64 if x is.
         bias: as `weight`.
         eps: added to the variance.
+        relu: whether negative results become 0.
 
     Returns:
-        The result, in x's dtype and layout, and the statistics (2, N, G) in weight's dtype: means
-        and reciprocal standard deviations.
+        The result, in x's dtype and layout, and the statistics (N, G) in weight's dtype: means and
+        reciprocal standard deviations.
     """
-    group_size = x.shape[1] // num_groups
-    samples = _rows(x)
-    if _is_better_contiguous(samples, group_size):
-        sizes = (x.shape[0], x.shape[1], samples.shape[1], num_groups)
-        y, *statistics = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, eps)
-        return y.contiguous(memory_format=_layout(x)), torch.stack(statistics)
+    y, mean, rstd = _normalize(x, num_groups, weight, bias, eps)
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y, mean, rstd
+
+
+def _normalize(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_samples, num_channels = x.shape[:2]
+    num_rows, group_size = x.numel() // (num_samples * num_channels), num_channels // num_groups
+    sizes = (num_samples, num_channels, num_rows, num_groups)
+    if _is_better_contiguous(x.dtype, num_rows, group_size):
+        y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, eps)
+        return y.contiguous(memory_format=_layout(x)), mean, rstd
     if x.dtype != weight.dtype:
-        sizes = (x.shape[0], x.shape[1], samples.shape[1], num_groups)
         y, mean, rstd = torch.native_group_norm(_with_usual_strides(x), weight, bias, *sizes, eps)
         if _are_trusted(mean, rstd):
-            return y, torch.stack((mean, rstd))
+            return y, mean, rstd
+    samples = _rows(x)
     y = torch.empty_like(x)
     mean, variance = _group_statistics(samples, num_groups)
     channel_mean, channel_variance = (
@@ -142,28 +178,48 @@ def _forward(
             eps,
             out=(out_rows, *unused),
         )
-    return y, torch.stack((mean, (variance + eps).rsqrt())).to(weight.dtype)
+    return y, mean.to(weight.dtype), (variance + eps).rsqrt().to(weight.dtype)
 
 
 def _gradients(
-    grad_y: Tensor, x: Tensor, num_groups: int, weight: Tensor, statistics: Tensor
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, residual, weight and bias.
+
+    All tensors as in and from the forward, `y` if it applied ReLU. The gradient of the residual is
+    empty if there was none.
+    """
+    if y is not None:
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+    grad_x, grad_weight, grad_bias = _gradients_before_relu(
+        grad_y, x, num_groups, weight, mean, rstd
+    )
+    return grad_x, grad_y if has_residual else x.new_empty(0), grad_weight, grad_bias
+
+
+def _gradients_before_relu(
+    grad_y: Tensor, x: Tensor, num_groups: int, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, weight and bias; all tensors as in and from the forward."""
     num_samples, num_channels = x.shape[:2]
-    group_size = num_channels // num_groups
+    num_rows, group_size = x.numel() // (num_samples * num_channels), num_channels // num_groups
     compute_dtype = weight.dtype
-    mean, rstd = statistics
-    samples = _rows(x)
-    sizes = (num_samples, num_channels, samples.shape[1], num_groups)
+    sizes = (num_samples, num_channels, num_rows, num_groups)
     backward = torch.ops.aten.native_group_norm_backward
-    if _is_better_contiguous(samples, group_size):
+    if _torch_backward_suits(x.dtype, num_rows, group_size) and _are_trusted(mean, rstd):
+        x, grad_y = _with_usual_strides(x), _with_usual_strides(grad_y)
+        return backward(grad_y, x, mean, rstd, weight, *sizes, [True] * 3)
+    if num_rows < _FEW_ROWS_BACKWARD:
         grad_x, grad_weight, grad_bias = backward(
             grad_y.contiguous(), x.contiguous(), mean, rstd, weight, *sizes, [True] * 3
         )
         return grad_x.contiguous(memory_format=_layout(x)), grad_weight, grad_bias
-    if samples.shape[1] < _FEW_ROWS and _are_trusted(mean, rstd):
-        x, grad_y = _with_usual_strides(x), _with_usual_strides(grad_y)
-        return backward(grad_y, x, mean, rstd, weight, *sizes, [True] * 3)
     grad_x = torch.empty_like(x)
     samples, grad_samples, out_samples = _rows(x), _rows(grad_y), _rows(grad_x)
     channel_mean = mean.repeat_interleave(group_size, dim=1)
@@ -192,7 +248,7 @@ def _gradients(
     # dx = rstd * (w*dy - mean(w*dy) - x_normalized * mean(w*dy * x_normalized)), means over a
     # group, is dy * scale + x * slope + offset with one of each per sample and channel.
     averages = (sums * weight.double()).view(num_samples, 2, num_groups, group_size).sum(3)
-    averages /= samples.shape[1] * group_size
+    averages /= num_rows * group_size
     double_rstd = rstd.double()
     group_slope = -double_rstd.square() * averages[:, 0]
     group_offset = -double_rstd * averages[:, 1] - group_slope * mean.double()
@@ -221,30 +277,36 @@ def _gradients(
     return grad_x, grad_weight, grad_bias
 
 
-def _fake_forward(x, num_groups, weight, bias, eps):
-    return torch.empty_like(x), weight.new_empty(2, x.shape[0], num_groups)
+def _fake_forward(x, residual, num_groups, weight, bias, eps, relu):
+    mean, rstd = (weight.new_empty(x.shape[0], num_groups) for _ in range(2))
+    return torch.empty_like(x), mean, rstd
 
 
-def _fake_gradients(grad_y, x, num_groups, weight, statistics):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+def _fake_gradients(grad_y, x, y, num_groups, weight, mean, rstd, has_residual):
+    grad_residual = torch.empty_like(grad_y) if has_residual else x.new_empty(0)
+    return torch.empty_like(x), grad_residual, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _keep_for_backward(ctx, inputs, output):
-    x, num_groups, weight, _, _ = inputs
-    _, statistics = output
+    x, residual, num_groups, weight, _, _, relu = inputs
+    y, mean, rstd = output
     ctx.num_groups = num_groups
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x, weight, statistics)
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    saved = (x, weight, mean, rstd)
+    ctx.save_for_backward(*saved, y) if relu else ctx.save_for_backward(*saved)
 
 
-def _backward(ctx, grad_y, _grad_statistics):
-    x, weight, statistics = ctx.saved_tensors
+def _backward(ctx, grad_y, _grad_mean, _grad_rstd):
+    x, weight, mean, rstd, *y = ctx.saved_tensors
     # An expanded gradient (that of a sum) is not dense; give it the layout of x.
     grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
-    grad_x, grad_weight, grad_bias = group_norm_channels_last_backward(
-        grad_y, x, ctx.num_groups, weight, statistics
+    grad_x, grad_residual, grad_weight, grad_bias = group_norm_channels_last_backward(
+        grad_y, x, y[0] if y else None, ctx.num_groups, weight, mean, rstd, ctx.has_residual
     )
-    return grad_x, None, grad_weight, grad_bias, None
+    if not ctx.has_residual:
+        grad_residual = None
+    return grad_x, grad_residual, None, grad_weight, grad_bias, None, None
 
 
 def _keep_nothing(ctx, inputs, output):

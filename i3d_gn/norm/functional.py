@@ -65,19 +65,16 @@ def group_norm(
 
     layout = _memory_format(x)
     if uses_fused_kernels(x):
-        x = x.contiguous(memory_format=layout)
-        if residual is not None:
-            residual = residual.to(x.dtype).contiguous(memory_format=layout)
-        return group_norm_fused(x, residual, num_groups, weight, bias, eps, relu)[0]
-    if layout != torch.contiguous_format and x.device.type == "cpu" and not _must_be_native():
-        x = x.contiguous(memory_format=layout)
-        y = group_norm_channels_last(x, num_groups, weight, bias, eps)[0]
+        operator = group_norm_fused
+    elif layout != torch.contiguous_format and x.device.type == "cpu" and not _must_be_native():
+        operator = group_norm_channels_last
     else:
-        y = _native_group_norm(x.contiguous(), num_groups, weight, bias, eps)
-        y = y.contiguous(memory_format=layout)
+        y = _native_group_norm(x.contiguous(), num_groups, weight, bias, eps, residual, relu)
+        return y.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
     if residual is not None:
-        y += residual
-    return y.relu_() if relu else y
+        residual = residual.to(x.dtype).contiguous(memory_format=layout)
+    return operator(x, residual, num_groups, weight, bias, eps, relu)[0]
 
 
 def group_norm_relu_with_again(
@@ -181,7 +178,13 @@ def _must_be_native() -> bool:
 
 
 def _native_group_norm(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """`torch.group_norm` of a contiguous tensor, right whatever its strides of size-1 dimensions.
 
@@ -199,7 +202,11 @@ def _native_group_norm(
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = torch.group_norm(x, num_groups, weight, bias, eps)
-    return y.to(dtype).view(shape)
+    # In place before the view: backward copies the gradients of a view that was written to.
+    y = y.to(dtype)
+    if residual is not None:
+        y += residual.reshape(x.shape)
+    return (y.relu_() if relu else y).view(shape)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -32,6 +32,7 @@ class Operator:
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
     ) -> None:
+        self._forward = forward
         self._registered = torch.library.custom_op(name, forward, mutates_args=())
         self._registered.register_fake(fake)
         self._registered.register_autograd(backward, setup_context=setup_context)
@@ -54,6 +55,8 @@ class Operator:
         """Compute the result of `forward`, differentiable."""
         if _is_traced(arguments[0]):
             return self._registered(*arguments)
+        if not torch.is_grad_enabled():
+            return self._forward(*arguments)
         return self._direct.apply(*arguments)
 
 

@@ -331,17 +331,31 @@ def test_function_transforms(layout):
 
 # opcheck itself reads the .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_custom_operator_is_registered_correctly():
-    for dtype, parameter_dtype in [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]:
-        x = torch.randn(2, 8, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last_3d)
-        weight = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
-        bias = torch.rand(8, dtype=parameter_dtype, requires_grad=True)
-        torch.library.opcheck(
-            torch.ops.i3d_gn.group_norm_channels_last_cpu.default,
-            (x.requires_grad_(), 4, weight, bias, 1e-5),
-            rtol=1e-2,
-            atol=1e-2,
+@pytest.mark.parametrize("fusion", ["plain", "relu", "residual"])
+def test_custom_operators_are_registered_correctly(fusion):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, grad = (
+            lay_out(torch.randn(2, 8, 3, 4, 5).to(dtype), "channels_last") for _ in range(3)
         )
+        weight, bias = (torch.rand(8, requires_grad=True) for _ in range(2))
+        forward = (
+            x.requires_grad_(),
+            residual.requires_grad_() if fusion == "residual" else None,
+            *(4, weight, bias, 1e-5, fusion != "plain"),
+        )
+        tolerance = {"rtol": 1e-2, "atol": 1e-2}
+        ops = torch.ops.i3d_gn
+        torch.library.opcheck(ops.group_norm_channels_last_cpu.default, forward, **tolerance)
+        with torch.no_grad():
+            y, mean, rstd = ops.group_norm_channels_last_cpu(*forward)
+            y = None if fusion == "plain" else y
+            backward = (grad, x, y, 4, weight, mean, rstd, fusion == "residual")
+            ops = torch.ops.i3d_gn.group_norm_channels_last_cpu_backward
+            torch.library.opcheck(
+                ops.default,
+                tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in backward),
+                **tolerance,
+            )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
