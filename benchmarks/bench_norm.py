@@ -7,7 +7,8 @@ contiguous. ``share`` is the bytes that must be moved (forward: x read, y writte
 also the gradient and x read, the gradient written) over the time, as a share of what a device copy
 of the same tensor achieves: 1.0 is the bound that no implementation can pass while the tensor
 exceeds the cache. Medians of interleaved repeats, on CUDA of ten calls each, all launched before
-the first of them runs; inputs rotate so that none is found in the cache.
+the first of them runs; inputs rotate so that none is found in the cache. ``host`` is what launching
+a call takes: layers that are shorter wait for it, unless a CUDA graph launches them.
 
 Liger-Kernel's and Apex's group norm take part where they are installed.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import environment, markdown_table, median_seconds
+from interleaved import environment, markdown_table, median_launch_seconds, median_seconds
 from torch import Tensor, nn
 
 from i3d_gn.norm import GroupNorm
@@ -148,6 +149,7 @@ def main() -> None:
                     calls=10 if cuda else 1,
                     queued=True,
                 )
+                launches = median_launch_seconds(runs, repeats=5, calls=10) if cuda else {}
                 copy_rate = 2 * num_bytes / medians.pop("copy")
                 for name, seconds in medians.items():
                     rate = num_passes * num_bytes / seconds
@@ -158,6 +160,7 @@ def main() -> None:
                             "pass": "forward + backward" if backward else "forward",
                             "implementation": name,
                             "microseconds": seconds * 1e6,
+                            "launch_microseconds": 1e6 * launches[name] if cuda else None,
                             "gigabytes_per_second": rate / 1e9,
                             "copy_gigabytes_per_second": copy_rate / 1e9,
                             "share": rate / copy_rate,
@@ -171,11 +174,12 @@ def main() -> None:
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """Write all results so far: of a run that is cut off, those stay. Returns the table."""
     table = markdown_table(
-        ["shape", "MB", "pass", "implementation", "µs", "GB/s", "share of copy"],
+        ["shape", "MB", "pass", "implementation", "µs", "host µs", "GB/s", "share of copy"],
         (
             (
                 "×".join(map(str, row["shape"])), f"{row['megabytes']:.0f}", row["pass"],
                 row["implementation"], f"{row['microseconds']:.0f}",
+                f"{row['launch_microseconds']:.0f}" if row["launch_microseconds"] else "",
                 f"{row['gigabytes_per_second']:.0f}", f"{row['share']:.2f}",
             )
             for row in rows

@@ -42,6 +42,23 @@ def median_seconds(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def median_launch_seconds(
+    candidates: dict[str, Callable[[], object]], *, repeats: int, calls: int
+) -> dict[str, float]:
+    """Median time that the host takes to launch a call on CUDA, while the GPU does nothing yet."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            torch.cuda.synchronize()
+            torch.cuda._sleep(_CYCLES_TO_LAUNCH * calls)
+            started = time.perf_counter()
+            for _ in range(calls):
+                run()
+            seconds[name].append((time.perf_counter() - started) / calls)
+    torch.cuda.synchronize()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def environment(device: str) -> dict[str, str]:
     """Hardware, versions and commit, for the head of a result."""
     if device == "cuda":
