@@ -18,7 +18,7 @@ the channels of a group in float64, so no step subtracts large squares.
 import torch
 from torch import Tensor
 
-from i3d_gn.norm.operators import Operator
+from i3d_gn.norm.operators import Operator, no_gradient
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -309,15 +309,10 @@ def _backward(ctx, grad_y, _grad_mean, _grad_rstd):
     return grad_x, grad_residual, None, grad_weight, grad_bias, None, None
 
 
-def _keep_nothing(ctx, inputs, output):
-    pass
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "group norm of a channels_last CPU tensor has no second derivative; make the input "
-        ".contiguous() to differentiate twice"
-    )
+_NO_SECOND_DERIVATIVE = no_gradient(
+    "group norm of a channels_last CPU tensor has no second derivative; make the input "
+    ".contiguous() to differentiate twice"
+)
 
 
 group_norm_channels_last = Operator(
@@ -331,6 +326,5 @@ group_norm_channels_last_backward = Operator(
     "i3d_gn::group_norm_channels_last_cpu_backward",
     _gradients,
     fake=_fake_gradients,
-    setup_context=_keep_nothing,
-    backward=_no_second_derivative,
+    **_NO_SECOND_DERIVATIVE,
 )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from i3d_gn.norm.operators import Operator
+from i3d_gn.norm.operators import Operator, no_gradient
 
 # Elements of the tile that a program works on, its channels at most, and programs per
 # multiprocessor: 16 elements for each of 256 threads, rows of 256 bytes, a few waves.
@@ -344,15 +344,10 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def _keep_nothing(ctx, inputs, output):
-    pass
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "the fused group norm has no second derivative; set the environment variable "
-        "I3D_GN_NORM_KERNEL=native to differentiate twice"
-    )
+_NO_SECOND_DERIVATIVE = no_gradient(
+    "the fused group norm has no second derivative; set the environment variable "
+    "I3D_GN_NORM_KERNEL=native to differentiate twice"
+)
 
 
 group_norm_fused = Operator(
@@ -366,13 +361,11 @@ group_norm_fused_again = Operator(
     "i3d_gn::group_norm_fused_again",
     _again,
     fake=_fake_again,
-    setup_context=_keep_nothing,
-    backward=_no_second_derivative,
+    **_NO_SECOND_DERIVATIVE,
 )
 group_norm_fused_backward = Operator(
     "i3d_gn::group_norm_fused_backward",
     _gradients,
     fake=_fake_gradients,
-    setup_context=_keep_nothing,
-    backward=_no_second_derivative,
+    **_NO_SECOND_DERIVATIVE,
 )

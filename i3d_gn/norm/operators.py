@@ -60,6 +60,18 @@ class Operator:
         return self._direct.apply(*arguments)
 
 
+def no_gradient(message: str) -> dict[str, Callable[..., Any]]:
+    """`setup_context` and `backward` of an operator whose gradient is a RuntimeError."""
+
+    def keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def fail(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(message)
+
+    return {"setup_context": keep_nothing, "backward": fail}
+
+
 def _is_traced(x: Tensor) -> bool:
     """Whether somebody records operators on `x`, or it is no tensor with memory of its own."""
     return (

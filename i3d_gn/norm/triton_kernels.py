@@ -278,28 +278,33 @@ def combine_gradient_sums(
     """Two averages per group, one program a group; then two sums per channel, SUM_BLOCK_C each."""
     program = tl.program_id(0)
     if program < num_samples * num_groups:
-        _average_gradients(
-            program,
-            partial_projection_ptr,
-            partial_total_ptr,
-            weight_ptr,
-            slope_ptr,
-            level_ptr,
-            num_channels,
-            num_rows,
-            num_groups,
-            group_size,
-            num_chunks,
-            BLOCK,
-        )
+        sample = (program // num_groups).to(tl.int64)
+        group = program % num_groups
+        first_entry = sample * num_chunks * num_channels + group * group_size
+        num_entries = num_chunks * group_size
+
+        slope = tl.zeros([BLOCK], dtype=tl.float64)
+        level = tl.zeros([BLOCK], dtype=tl.float64)
+        for first in range(0, num_entries, BLOCK):
+            number = first + tl.arange(0, BLOCK)
+            channel = number % group_size
+            entry = first_entry + (number // group_size).to(tl.int64) * num_channels + channel
+            inside = number < num_entries
+            weight = tl.load(weight_ptr + group * group_size + channel, mask=inside, other=0.0)
+            projection = tl.load(partial_projection_ptr + entry, mask=inside, other=0.0)
+            total = tl.load(partial_total_ptr + entry, mask=inside, other=0.0)
+            slope += weight.to(tl.float64) * projection.to(tl.float64)
+            level += weight.to(tl.float64) * total.to(tl.float64)
+        count = tl.cast(num_rows, tl.float64) * tl.cast(group_size, tl.float64)
+        tl.store(slope_ptr + program, (tl.sum(slope, axis=0) / count).to(tl.float32))
+        tl.store(level_ptr + program, (tl.sum(level, axis=0) / count).to(tl.float32))
     else:
-        channel = (program - num_samples * num_groups) * SUM_BLOCK_C + tl.arange(0, SUM_BLOCK_C)
-        num_entries = num_samples * num_chunks
+        sum_channel = (program - num_samples * num_groups) * SUM_BLOCK_C + tl.arange(0, SUM_BLOCK_C)
         _sum_over_entries(
             partial_projection_ptr,
             grad_weight_ptr,
-            channel,
-            num_entries,
+            sum_channel,
+            num_samples * num_chunks,
             num_channels,
             SUM_BLOCK_E,
             SUM_BLOCK_C,
@@ -307,49 +312,12 @@ def combine_gradient_sums(
         _sum_over_entries(
             partial_total_ptr,
             grad_bias_ptr,
-            channel,
-            num_entries,
+            sum_channel,
+            num_samples * num_chunks,
             num_channels,
             SUM_BLOCK_E,
             SUM_BLOCK_C,
         )
-
-
-@triton.jit
-def _average_gradients(
-    program,
-    partial_projection_ptr,
-    partial_total_ptr,
-    weight_ptr,
-    slope_ptr,
-    level_ptr,
-    num_channels,
-    num_rows,
-    num_groups,
-    group_size,
-    num_chunks,
-    BLOCK: tl.constexpr,
-):
-    sample = (program // num_groups).to(tl.int64)
-    group = program % num_groups
-    first_entry = sample * num_chunks * num_channels + group * group_size
-    num_entries = num_chunks * group_size
-
-    slope = tl.zeros([BLOCK], dtype=tl.float64)
-    level = tl.zeros([BLOCK], dtype=tl.float64)
-    for first in range(0, num_entries, BLOCK):
-        number = first + tl.arange(0, BLOCK)
-        channel = number % group_size
-        entry = first_entry + (number // group_size).to(tl.int64) * num_channels + channel
-        inside = number < num_entries
-        weight = tl.load(weight_ptr + group * group_size + channel, mask=inside, other=0.0)
-        projection = tl.load(partial_projection_ptr + entry, mask=inside, other=0.0)
-        total = tl.load(partial_total_ptr + entry, mask=inside, other=0.0)
-        slope += weight.to(tl.float64) * projection.to(tl.float64)
-        level += weight.to(tl.float64) * total.to(tl.float64)
-    count = tl.cast(num_rows, tl.float64) * tl.cast(group_size, tl.float64)
-    tl.store(slope_ptr + program, (tl.sum(slope, axis=0) / count).to(tl.float32))
-    tl.store(level_ptr + program, (tl.sum(level, axis=0) / count).to(tl.float32))
 
 
 @triton.jit
