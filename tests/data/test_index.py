@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -114,15 +113,14 @@ def test_further_columns_are_ignored(index_path):
 
 
 def test_size_of_kinetics(tmp_path):
-    """240,000 videos load fast and without a Python object each."""
+    """240,000 videos load without a Python object each."""
     many = (
         replace(RECORD, path=f"class {i % 400}/{i:011d}_000010_000020.mp4") for i in range(240_000)
     )
     path = tmp_path / "train.parquet"
     write_index(path, many, class_names=CLASS_NAMES, root=tmp_path)
-    before, start = pa.total_allocated_bytes(), time.perf_counter()
+    before = pa.total_allocated_bytes()
     index = VideoIndex.load(path)
-    assert time.perf_counter() - start < 2
     assert pa.total_allocated_bytes() - before < 64 * 2**20
     assert len(index) == 240_000
     assert index.path_of(239_999).name == "00000239999_000010_000020.mp4"

@@ -4,7 +4,11 @@ import contextlib
 import hashlib
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -82,6 +86,49 @@ def encode() -> Callable[..., Path]:
         return path
 
     return write
+
+
+HANGS_MIDWAY = """\
+import functools, sys, time
+from data_tools import {module}
+
+original, calls = {module}.{function}, 0
+
+@functools.wraps(original)
+def hang_after_some_calls(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls > {calls}:
+        time.sleep(600)
+    return original(*args, **kwargs)
+
+{module}.{function} = hang_after_some_calls
+if __name__ == "__main__":
+    sys.exit({module}.main())
+"""
+
+
+@pytest.fixture
+def kill_midway(tmp_path) -> Callable[..., None]:
+    """Run ``data_tools.<module>``, kill it when it has done part of its work: always the same part.
+
+    Each of its processes does ``calls`` calls of the module's ``function`` and hangs in the next.
+    The kill comes when ``is_midway()`` says that all have come that far.
+    """
+
+    def run(
+        module: str, function: str, *, calls: int, arguments: list, is_midway: Callable[[], bool]
+    ) -> None:
+        script = tmp_path / f"{module}_hangs.py"  # worker processes import it, too
+        script.write_text(HANGS_MIDWAY.format(module=module, function=function, calls=calls))
+        process = subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL)
+        while not is_midway():
+            assert process.poll() is None, "it has ended, or cannot begin"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    return run
 
 
 @pytest.fixture

@@ -4,11 +4,7 @@ import gzip
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -216,26 +212,25 @@ def test_a_damaged_replacement_archive_stops_it(tmp_path, capsys):
     assert content_of(tmp_path / "videos") == {}
 
 
-def test_killed_and_run_again(tmp_path):
+def test_killed_and_run_again(tmp_path, kill_midway):
     """Videos that were there are not written again, the end is that of one run."""
-    members = [video(f"{i:011d}_000000_000010.mp4", 40_000) for i in range(300)]
+    members = [video(f"{i:011d}_000000_000010.mp4", 40_000) for i in range(30)]
     for part in range(2):
         pack(tmp_path / "archives" / f"part_{part}.tar.gz", members[part::2])
     output = tmp_path / "videos"
-    command = [sys.executable, extract_archives.__file__, tmp_path / "archives", output]
-    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
-    while len(list(output.glob("0*.mp4"))) < 20:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    inodes = {path: path.stat().st_ino for path in output.glob("0*.mp4")}
-    assert len(inodes) < 300
-    for path in inodes:
-        assert path.stat().st_size == 40_000
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    arguments = [tmp_path / "archives", output, "--workers", "2"]
+    kill_midway(
+        "extract_archives",
+        "_write",
+        calls=5,
+        arguments=arguments,
+        is_midway=lambda: len(content_of(output)) == 10,
+    )
+    assert content_of(output) == dict(members[:10])
+    inodes = {path: path.stat().st_ino for path in output.glob("*.mp4")}
+    assert extract_archives.main([*map(str, arguments)]) == 0
     assert content_of(output) == dict(members)
-    assert all(os.stat(path).st_ino == inode for path, inode in inodes.items())
+    assert all(path.stat().st_ino == inode for path, inode in inodes.items())
 
 
 def test_no_archives(tmp_path, capsys):

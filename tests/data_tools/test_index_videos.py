@@ -1,12 +1,6 @@
 """From a list and a folder to the index and its report."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -230,34 +224,32 @@ def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, pic
     assert VideoIndex.load(output).num_frames.tolist() == [12, 16, 12]
 
 
-def test_killed_and_run_again(tmp_path, clip, output):
+def test_killed_and_run_again(tmp_path, place_clip, output, kill_midway, capfd):
     """The result is that of a run left alone, and what was done is not done again."""
-    videos = tmp_path / "videos" / "yoga"
-    videos.mkdir(parents=True)
-    shutil.copyfile(clip, videos / "0000.mp4")
-    for i in range(1, 200):
-        os.link(videos / "0000.mp4", videos / f"{i:04d}.mp4")
-    command = [sys.executable, index_videos.__file__, videos.parent, output, "--workers", "2"]
+    videos = tmp_path / "videos"
+    for i in range(40):
+        place_clip(videos / "yoga" / f"{i:04d}.mp4")
     ledger = Path(f"{output}.ledger.jsonl")
 
     def num_lines():
         return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
 
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while num_lines() < 10:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    num_done = num_lines()
-    assert num_done < 200, "the run ended before it was killed"
+    kill_midway(
+        "index_videos",
+        "_probe_item",
+        calls=5,
+        arguments=[videos, output, "--workers", "2"],
+        is_midway=lambda: num_lines() == 10,
+    )
     assert not output.exists()
-
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert finished.stderr == ""  # no progress bar where there is no terminal
-    assert num_lines() == 200
+    done = ledger.read_bytes()
+    capfd.readouterr()
+    assert run(videos, output, workers=2) == 0
+    assert capfd.readouterr().err == ""  # no progress bar where there is no terminal
+    assert num_lines() == 40
+    assert ledger.read_bytes().startswith(done)
     alone = tmp_path / "alone" / "val.parquet"
-    assert run(videos.parent, alone, workers=2) == 0
+    assert run(videos, alone, workers=2) == 0
     assert output.read_bytes() == alone.read_bytes()
 
 

@@ -4,11 +4,7 @@ import gc
 import json
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -205,19 +201,19 @@ def test_only_what_changed_is_packed_again(motion_set, tmp_path, capsys):
     assert len(VideoIndex.load(output / "index.parquet")) == 12
 
 
-def test_killed_and_run_again(motion_set, packed, tmp_path):
+def test_killed_and_run_again(motion_set, packed, tmp_path, kill_midway):
     """The shards are, byte for byte, those of a run left alone."""
     output = tmp_path / "shards"
-    command = [sys.executable, pack_shards.__file__, motion_set.train_index, output]
-    command += ["--shard-mib", "0.1", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not list(output.glob("shard-*.tar")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "index.parquet").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    arguments = [motion_set.train_index, output, "--shard-mib", "0.1", "--workers", "1"]
+    kill_midway(
+        "pack_shards",
+        "_write_shard",
+        calls=1,
+        arguments=arguments,
+        is_midway=(output / "shard-00000.tar").exists,
+    )
+    assert [path.name for path in output.glob("[!.]*")] == ["shard-00000.tar"]
+    assert run(*arguments) == 0
     for shard in packed.glob("shard-*.tar"):
         assert (output / shard.name).read_bytes() == shard.read_bytes()
     with tarfile.open(output / "shard-00000.tar") as tar:
