@@ -10,7 +10,7 @@ import pytest
 
 from data_tools import download_kinetics, extract_archives, index_videos, resize_videos
 
-QUICK = ["--attempts", "3", "--stall-seconds", "1", "--workers", "2"]
+QUICK = ["--attempts", "3", "--stall-seconds", "4", "--workers", "2"]
 
 
 def tar_of(members):

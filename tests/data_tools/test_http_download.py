@@ -19,7 +19,7 @@ def server(http_server):
 
 
 def fetch(server, path, **options):
-    options = {"attempts": 4, "stall_seconds": 5.0, "first_wait_seconds": 0.01, **options}
+    options = {"attempts": 4, "stall_seconds": 30.0, "first_wait_seconds": 0.01, **options}
     return download(f"{server.url}/a.bin", path, **options)
 
 
@@ -47,7 +47,8 @@ def test_plain(server, tmp_path):
 )
 def test_trouble_that_passes(server, tmp_path, trouble, requests):
     server.troubles["a.bin"] = trouble
-    done = fetch(server, tmp_path / "a.bin", stall_seconds=1.0)
+    patience = {"stall_seconds": 2.0} if trouble[0][0] == "stall" else {}
+    done = fetch(server, tmp_path / "a.bin", **patience)
     assert (done.num_bytes, done.checked) == (len(CONTENT), "md5")
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
     if requests is not None:
@@ -67,8 +68,9 @@ def test_trouble_that_passes(server, tmp_path, trouble, requests):
 )
 def test_trouble_that_stays(server, tmp_path, trouble, num_requests, reason):
     server.troubles["a.bin"] = [trouble] * 20
+    patience = {"stall_seconds": 0.3} if trouble[0] == "stall" else {}
     with pytest.raises(ItemFailure, match=reason):
-        fetch(server, tmp_path / "a.bin", stall_seconds=0.3)
+        fetch(server, tmp_path / "a.bin", **patience)
     assert not (tmp_path / "a.bin").exists()
     assert len(server.requests) == num_requests
 
