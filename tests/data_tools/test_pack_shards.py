@@ -202,21 +202,24 @@ def test_only_what_changed_is_packed_again(motion_set, tmp_path, capsys):
 
 
 def test_killed_and_run_again(motion_set, packed, tmp_path, kill_midway):
-    """The shards are, byte for byte, those of a run left alone."""
+    """The shards are, byte for byte, those of a run left alone; the first is not written again."""
     output = tmp_path / "shards"
+    first, ledger = output / "shard-00000.tar", output / ".pack.ledger.jsonl"
     arguments = [motion_set.train_index, output, "--shard-mib", "0.1", "--workers", "1"]
     kill_midway(
         "pack_shards",
         "_write_shard",
         calls=1,
         arguments=arguments,
-        is_midway=(output / "shard-00000.tar").exists,
+        is_midway=lambda: ledger.exists() and ledger.read_bytes().count(b"\n") == 1,
     )
-    assert [path.name for path in output.glob("[!.]*")] == ["shard-00000.tar"]
+    assert list(output.glob("[!.]*")) == [first]
+    inode = first.stat().st_ino
     assert run(*arguments) == 0
+    assert first.stat().st_ino == inode
     for shard in packed.glob("shard-*.tar"):
         assert (output / shard.name).read_bytes() == shard.read_bytes()
-    with tarfile.open(output / "shard-00000.tar") as tar:
+    with tarfile.open(first) as tar:
         assert {member.mtime for member in tar} == {0}
 
 
