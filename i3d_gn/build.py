@@ -5,7 +5,7 @@ import logging
 
 from torch.utils.data import DataLoader, Sampler
 
-from i3d_gn.config import Config, ConfigError
+from i3d_gn.config import Config
 from i3d_gn.data import loader
 from i3d_gn.data.index import VideoIndex
 from i3d_gn.data.kinetics import ClipBatch, RandomClips, Sample, Stream, TestVideos
@@ -15,6 +15,7 @@ from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_tiny
 from i3d_gn.models.pretrained import load_pretrained
 from i3d_gn.models.weights import IMAGENET_MEAN, IMAGENET_STD
 from i3d_gn.norm import make_norm
+from i3d_gn.typed_yaml import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,13 @@ from i3d_gn.checkpoint import (
     load_model_state,
 )
 from i3d_gn.command_line import run_command
-from i3d_gn.config import Config, config_hash, differences, load_config, to_dict
+from i3d_gn.config import Config, load_config
 from i3d_gn.data.index import VideoIndex
 from i3d_gn.distributed import World, join_world
 from i3d_gn.models import I3D
 from i3d_gn.multi_clip import TestOutcome, evaluate_videos
 from i3d_gn.run_log import write_text_atomically
+from i3d_gn.typed_yaml import config_hash, differences, to_dict
 
 logger = logging.getLogger(__name__)
 

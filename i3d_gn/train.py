@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from i3d_gn import build
 from i3d_gn.checkpoint import load_checkpoint, load_model_state
 from i3d_gn.command_line import run_command
-from i3d_gn.config import Config, ConfigError, load_config, to_dict, to_yaml
+from i3d_gn.config import Config, load_config
 from i3d_gn.data.index import VideoIndex
 from i3d_gn.data.kinetics import ClipBatch, Stream
 from i3d_gn.data.loader import (
@@ -44,6 +44,7 @@ from i3d_gn.training import (
     reestimate_bn_statistics,
     validate,
 )
+from i3d_gn.typed_yaml import ConfigError, to_dict, to_yaml
 
 logger = logging.getLogger(__name__)
 

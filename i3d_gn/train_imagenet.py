@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 
 from i3d_gn.checkpoint import load_checkpoint, load_model_state
 from i3d_gn.command_line import run_command
-from i3d_gn.config import to_dict, to_yaml
 from i3d_gn.data.images import CenterImages, LabelledImages, TrainingImages
 from i3d_gn.data.kinetics import ClipBatch
 from i3d_gn.data.loader import (
@@ -46,6 +45,7 @@ from i3d_gn.output_dir import claim_output_dir
 from i3d_gn.run_log import RunLog, read_log, write_text_atomically
 from i3d_gn.step_loop import run_steps
 from i3d_gn.training import Trainer, validate
+from i3d_gn.typed_yaml import to_dict, to_yaml
 
 logger = logging.getLogger(__name__)
 

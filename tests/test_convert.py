@@ -6,12 +6,12 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from i3d_gn import build, cli
-from i3d_gn.config import ConfigError
 from i3d_gn.distributed import World
 from i3d_gn.models import i3d_tiny
 from i3d_gn.models.pretrained import load_pretrained
 from i3d_gn.models.weights import read_weights
 from i3d_gn.train import train
+from i3d_gn.typed_yaml import ConfigError
 
 SHALLOW = (1, 1, 1, 1)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from i3d_gn.checkpoint import CheckpointError, file_sha256, latest_checkpoint
-from i3d_gn.config import ConfigError, config_hash, to_yaml
 from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
 from i3d_gn.distributed import World
 from i3d_gn.evaluate import evaluate
 from i3d_gn.train import train
+from i3d_gn.typed_yaml import ConfigError, config_hash, to_yaml
 
 WORLD = World(0, 1, torch.device("cpu"))
 

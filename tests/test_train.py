@@ -17,13 +17,13 @@ from i3d_gn.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from i3d_gn.config import ConfigError, to_yaml
 from i3d_gn.data import kinetics
 from i3d_gn.data.decode import VideoDecodeError, decode_frames
 from i3d_gn.distributed import World
 from i3d_gn.run_log import RunLog, read_log
 from i3d_gn.train import train
 from i3d_gn.training import NonFiniteLossError, Trainer
+from i3d_gn.typed_yaml import ConfigError, to_yaml
 
 WORLD = World(0, 1, torch.device("cpu"))
 

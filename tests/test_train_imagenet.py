@@ -11,7 +11,6 @@ from PIL import Image
 
 from i3d_gn import cli
 from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint
-from i3d_gn.config import ConfigError, to_yaml
 from i3d_gn.distributed import World
 from i3d_gn.imagenet_config import load_imagenet_config
 from i3d_gn.models import i3d_tiny
@@ -21,6 +20,7 @@ from i3d_gn.norm import SplitBatchNorm
 from i3d_gn.run_log import read_log
 from i3d_gn.train_imagenet import build_image_model, train_imagenet
 from i3d_gn.training import Trainer
+from i3d_gn.typed_yaml import ConfigError, to_yaml
 
 WORLD = World(0, 1, torch.device("cpu"))
 

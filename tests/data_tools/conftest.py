@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -122,11 +121,13 @@ def kill_midway(tmp_path) -> Callable[..., None]:
         script = tmp_path / f"{module}_hangs.py"  # worker processes import it, too
         script.write_text(HANGS_MIDWAY.format(module=module, function=function, calls=calls))
         process = subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL)
-        while not is_midway():
-            assert process.poll() is None, "it has ended, or cannot begin"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            while not is_midway():
+                assert process.poll() is None, "it has ended, or cannot begin"
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
 
     return run
 
