@@ -85,8 +85,8 @@ def generate_video(path: Path, num_frames: int, height: int, width: int, options
 def make_jobs(paths: list[Path], work: str, count: int) -> list[Job]:
     """The same jobs for every decoder, a function of the file names alone."""
     from i3d_gn.data.clips import clip_indices, random_start, spaced_starts
-    from i3d_gn.data.decode import probe_video
     from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
+    from i3d_gn.video_io.decode import probe_video
 
     num_clips, num_frames, stride = WORK[work]
     rng = np.random.default_rng(0)

@@ -25,10 +25,12 @@ from bench_decode import GENERATED, generate_video, machine, make_jobs, memory_k
 from decode_peers import PEERS, Job, library_path_for_torchcodec
 from torch.utils.data import DataLoader, Dataset
 
-from i3d_gn.data.decode import probe_video
-from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
-from i3d_gn.data.kinetics import RandomClips, Stream
-from i3d_gn.data.loader import ShuffledMicroBatches, clip_loader
+from i3d_gn.data.batches import Stream
+from i3d_gn.data.loader import clip_loader
+from i3d_gn.data.samplers import ShuffledMicroBatches
+from i3d_gn.data.videos import RandomClips
+from i3d_gn.video_io.decode import probe_video
+from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
 BATCH = 4
 

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 from data_tools import pack_shards
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import RandomClips, Sample, Stream
+from i3d_gn.data.batches import Sample, Stream
+from i3d_gn.data.videos import RandomClips
+from i3d_gn.video_io.index import VideoIndex
 
 
 def main() -> int:

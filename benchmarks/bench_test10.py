@@ -29,11 +29,11 @@ from bench_loader import make_index
 from decode_peers import PEERS, Job, library_path_for_torchcodec
 from torch.utils.data import DataLoader, Dataset
 
-from i3d_gn.data.kinetics import TestVideo, TestVideos
 from i3d_gn.data.loader import video_loader
-from i3d_gn.device_clips import DeviceClips
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.videos import TestVideo, TestVideos
 from i3d_gn.models import i3d_tiny
-from i3d_gn.multi_clip import score_video
+from i3d_gn.video.multi_clip import score_video
 
 ALIGNED = "i3d_gn, aligned starts"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

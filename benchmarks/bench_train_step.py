@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train_step.py [--device cpu] [--quick] [--json PATH] [--markdown PATH]
 
-A step is what `i3d_gn.train` does with a micro-batch: uint8 clips to the device, normalise, forward
+A step is what training does with a micro-batch: uint8 clips to the device, normalize, forward
 and backward in bfloat16, SGD. Ours against the same network built by pytorchvideo's
 `create_resnet`, with batch norm and with `torch.nn.GroupNorm`. Medians of interleaved repeats; on a
 CPU in processor time, which other processes on the machine do not enter. Peak memory
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from interleaved import environment, markdown_table, median_seconds
 from torch import nn
 
-from i3d_gn.device_clips import DeviceClips
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.engine.optim import build_sgd, set_lr
 from i3d_gn.models import i3d_resnet50
-from i3d_gn.optim import build_sgd, set_lr
 
 # Name: frames, height and width, clips.
 CUDA_CASES = {

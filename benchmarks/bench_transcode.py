@@ -39,8 +39,8 @@ from data_tools.files import file_hash
 from data_tools.h264 import X264Options
 from data_tools.transcode import transcode
 from i3d_gn.data.clips import clip_indices, random_start
-from i3d_gn.data.decode import decode_frames, probe_video
 from i3d_gn.data.transforms import random_crop_plan
+from i3d_gn.video_io.decode import decode_frames, probe_video
 
 TRAINING_FORM = X264Options(crf=23, gop=32, preset="medium", tune="fastdecode")
 X264_DEFAULTS = X264Options(crf=23, gop=250, preset="medium", tune=None)

@@ -67,8 +67,8 @@ def gather(decoded: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def i3d_gn() -> Decoder:
     from i3d_gn.data.clips import union_of_clips
-    from i3d_gn.data.crop_plan import CropPlan
-    from i3d_gn.data.decode import decode_frames
+    from i3d_gn.video_io.crop_plan import CropPlan
+    from i3d_gn.video_io.decode import decode_frames
 
     def run(job: Job) -> Sequence | np.ndarray:
         frames, inverse = union_of_clips(job.clips)

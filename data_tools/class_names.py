@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from i3d_gn.data.index import UNKNOWN_LABEL, VideoIndex
+from i3d_gn.video_io.index import UNKNOWN_LABEL, VideoIndex
 
 # A label as a source has it: an id, a name, or None where it has none.
 Label = int | str | None

@@ -22,8 +22,8 @@ import av
 import numpy as np
 
 from data_tools.probing import decode_error_reason, has_no_frames
-from i3d_gn.data.decode import VideoDecodeError, probe_video
-from i3d_gn.data.decode_pyav import open_video, sequential_frames
+from i3d_gn.video_io.decode import VideoDecodeError, probe_video
+from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from data_tools.command_line import new_parser, run_command, run_script
 from data_tools.files import atomic_output, write_json
-from i3d_gn.data.index import VideoIndex
+from i3d_gn.video_io.index import VideoIndex
 
 FORMATS = ("list", "csv", "json", "labels")
 # As 3D-ResNets-PyTorch asks for them; any other name is written as it is.

@@ -45,7 +45,7 @@ from data_tools.ledger import file_fingerprint
 from data_tools.probing import Probed, probe
 from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
-from i3d_gn.data.index import VideoRecord, write_index
+from i3d_gn.video_io.index import VideoRecord, write_index
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ from data_tools.command_line import (
 from data_tools.files import atomic_output, remove_unfinished
 from data_tools.ledger import file_fingerprint
 from data_tools.step import Execution, Item, print_unfinished, run_step
-from i3d_gn.data.index import VideoIndex, write_packed_index
+from i3d_gn.video_io.index import VideoIndex, write_packed_index
 
 _FACTS = (
     *("video_id", "path", "label", "class_name", "num_frames", "fps"),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from i3d_gn.data.decode import VideoDecodeError, count_decodable_frames, probe_video
-from i3d_gn.data.decode_pyav import open_video, sequential_frames
+from i3d_gn.video_io.decode import VideoDecodeError, count_decodable_frames, probe_video
+from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from data_tools.probing import decode_error_reason
 from data_tools.processes import ItemFailure
 from data_tools.step import Execution, Item, Shard, print_unfinished, run_step
 from data_tools.transcode import transcode
-from i3d_gn.data.decode import VideoDecodeError
+from i3d_gn.video_io.decode import VideoDecodeError
 
 PRESETS = (
     *("ultrafast", "superfast", "veryfast", "faster", "fast"),

@@ -18,9 +18,9 @@ from av.filter import Graph
 
 from data_tools.files import atomic_output
 from data_tools.h264 import X264Options, write_h264
-from i3d_gn.data.decode import VideoDecodeError, probe_video
-from i3d_gn.data.decode_pyav import open_video, sequential_frames
-from i3d_gn.data.pixels import Orientation, orientation_of
+from i3d_gn.video_io.decode import VideoDecodeError, probe_video
+from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
+from i3d_gn.video_io.pixels import Orientation, orientation_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ COMMANDS = {
     "pack": ("data_tools.pack_shards", "pack an index's videos into tar shards"),
     "export": ("data_tools.export_list", "write an index as a list for other programs"),
     "make-motion-clips": ("data_tools.make_motion_clips", "make the demo's data set"),
-    "convert": ("i3d_gn.convert", "convert weights between codebases"),
-    "train": ("i3d_gn.train", "train a network from a YAML file"),
-    "train-imagenet": ("i3d_gn.train_imagenet", "train an image network from a YAML file"),
-    "evaluate": ("i3d_gn.evaluate", "test a trained network with 10 clips a video"),
-    "table": ("i3d_gn.table", "print the paper's ImageNet tables beside runs"),
-    "report": ("i3d_gn.report", "tabulate and plot runs"),
+    "convert": ("i3d_gn.weights.convert", "convert weights between codebases"),
+    "train": ("i3d_gn.video.train", "train a network from a YAML file"),
+    "train-imagenet": ("i3d_gn.imagenet.train", "train an image network from a YAML file"),
+    "evaluate": ("i3d_gn.video.evaluate", "test a trained network with 10 clips a video"),
+    "table": ("i3d_gn.imagenet.tables", "print the paper's ImageNet tables beside runs"),
+    "report": ("i3d_gn.video.report", "tabulate and plot runs"),
 }
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         # These answer for themselves, and need no torch: their processes start in a tenth of the
         # time, with a fifth of the memory.
         return command.main(rest)
-    from i3d_gn.command_line import run_command
+    from i3d_gn.engine.command import run_command
 
     return run_command(lambda: command.main(rest))
 

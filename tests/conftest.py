@@ -13,8 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from i3d_gn.config import Config, load_config
-from i3d_gn.distributed import World
+from i3d_gn.engine.distributed import World
+from i3d_gn.video.config import Config, load_config
 
 # Sums over several threads have no fixed order, and these tests compare runs to the bit.
 torch.set_num_threads(1)

@@ -1,9 +1,9 @@
 import pytest
 
 from i3d_gn import cli
-from i3d_gn.command_line import run_command
-from i3d_gn.config import load_config
-from i3d_gn.typed_yaml import to_yaml
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.typed_config import to_yaml
+from i3d_gn.video.config import load_config
 
 
 def test_the_jobs_run_as_subcommands_and_end_in_a_report(small_run, tmp_path, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from i3d_gn import cli
-from i3d_gn.config import load_config
+from i3d_gn.video.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()

@@ -1,1 +1,1 @@
-"""Videos: which clips, which pixels, which batches."""
+"""Samples and batches: which frames, which crops, in which order."""

@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from i3d_gn.data.kinetics import ClipBatch, Sample, Stream
+from i3d_gn.data.batches import ClipBatch, Sample, Stream
 
 _SEED_BITS = 63
 

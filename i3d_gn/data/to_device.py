@@ -48,3 +48,11 @@ class DeviceClips:
             return contextlib.nullcontext()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return torch.autocast(self.device.type, dtype=dtype)
+
+
+class DeviceImages(DeviceClips):
+    """Moves images to the device and normalises them there; arguments are `DeviceClips`'."""
+
+    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) on any device -> float (N, 3, H, W), channels_last."""
+        return super().__call__(clips[:, None]).squeeze(2)

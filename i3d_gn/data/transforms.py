@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from i3d_gn.data.crop_plan import CropPlan
+from i3d_gn.video_io.crop_plan import CropPlan
 
 __all__ = [
     "CropPlan",

@@ -4,7 +4,6 @@ An item of either is a function of the video and of numbers that come with the r
 the worker that happens to serve it.
 """
 
-import enum
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -12,42 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from i3d_gn.data.batches import ClipBatch, Sample, Stream
 from i3d_gn.data.clips import clip_indices, random_start, spaced_starts, union_of_clips
-from i3d_gn.data.decode import VideoDecodeError, decode_frames
-from i3d_gn.data.index import VideoIndex
 from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
-
-
-class Stream(enum.IntEnum):
-    """Which draw a random number belongs to: streams never share numbers."""
-
-    SHUFFLE = 0
-    TRAIN_CLIP = 1
-    VALIDATION_CLIP = 2
-    PRECISE_BN_CLIP = 3
-    DROPOUT = 4
-    TRAIN_IMAGE = 5
-
-
-class Sample(NamedTuple):
-    """One random clip to be cut: its position in the stream and its video's number."""
-
-    position: int
-    video: int
-
-
-class ClipBatch(NamedTuple):
-    """A micro-batch of clips as a worker sends it.
-
-    clips: uint8 (N, T, H, W, 3), RGB. labels: int64 (N,). weights: float32 (N,), 1 for a clip and
-    0 for the blank one that stands in when every clip of the batch was broken. broken: a line for
-    each clip that was left out.
-    """
-
-    clips: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
-    broken: tuple[str, ...]
+from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
+from i3d_gn.video_io.index import VideoIndex
 
 
 class RandomClips(Dataset[ClipBatch]):

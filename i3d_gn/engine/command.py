@@ -4,8 +4,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from i3d_gn.host_memory import keep_freed_memory
-from i3d_gn.training import NonFiniteLossError
+from i3d_gn.engine.host_memory import keep_freed_memory
+from i3d_gn.engine.trainer import NonFiniteLossError
 
 
 def run_command(main: Callable[[], int]) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from i3d_gn.checkpoint import latest_checkpoint, save_checkpoint
-from i3d_gn.data.kinetics import ClipBatch
+from i3d_gn.data.batches import ClipBatch
 from i3d_gn.data.loader import TimedIterator
-from i3d_gn.distributed import World
-from i3d_gn.optim import set_lr
-from i3d_gn.run_log import RunLog
-from i3d_gn.training import NonFiniteLossError, Trainer
+from i3d_gn.engine.checkpoint import latest_checkpoint, save_checkpoint
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.optim import set_lr
+from i3d_gn.engine.run_log import RunLog
+from i3d_gn.engine.trainer import NonFiniteLossError, Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from i3d_gn.distributed import sum_over_world
+from i3d_gn.engine.distributed import sum_over_world
 
 
 class RunningMetrics:

@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
-from i3d_gn.checkpoint import checkpoint_step, latest_checkpoint
-from i3d_gn.distributed import World, same_everywhere
-from i3d_gn.run_log import write_text_atomically
-from i3d_gn.typed_yaml import ConfigError, differences, to_yaml
+from i3d_gn.engine.checkpoint import checkpoint_step, latest_checkpoint
+from i3d_gn.engine.distributed import World, same_everywhere
+from i3d_gn.engine.run_log import write_text_atomically
+from i3d_gn.engine.typed_config import ConfigError, differences, to_yaml
 
 
 def claim_output_dir(output_dir: Path, config: Any, world: World) -> Path | None:

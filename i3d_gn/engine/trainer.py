@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from i3d_gn.data.kinetics import ClipBatch, Stream
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import copy_from_main, sum_over_world
-from i3d_gn.metrics import RunningMetrics
+from i3d_gn.data.batches import ClipBatch, Stream
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.engine.distributed import copy_from_main, sum_over_world
+from i3d_gn.engine.metrics import RunningMetrics
 
 
 class NonFiniteLossError(RuntimeError):

@@ -6,8 +6,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.config import check_sgd
-from i3d_gn.typed_yaml import ConfigError, check_numbers, load_typed
+from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed
+from i3d_gn.video.config import check_sgd
 
 
 @dataclass(frozen=True)

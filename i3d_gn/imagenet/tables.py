@@ -1,6 +1,6 @@
 """Print the paper's ImageNet tables with the figures of runs beside its own.
 
-    python -m i3d_gn.table imagenet RUN [RUN ...] [--curves curves.png]
+    python -m i3d_gn.imagenet.tables imagenet RUN [RUN ...] [--curves curves.png]
 
 A RUN is an `output_dir` of `train_imagenet`. Runs that differ by nothing but the seed share a cell:
 the mean, and how many. `--curves` draws training and validation error over epochs, and the latter
@@ -18,9 +18,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from i3d_gn.command_line import run_command
-from i3d_gn.imagenet_config import ImagenetConfig, load_imagenet_config
-from i3d_gn.run_log import read_log
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.run_log import read_log
+from i3d_gn.imagenet.config import ImagenetConfig, load_imagenet_config
 
 BATCH_SIZES = (32, 16, 8, 4, 2)
 _COLOURS = {"bn": "tab:red", "gn": "tab:blue", "ln": "tab:green", "in": "tab:orange"}

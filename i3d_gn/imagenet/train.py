@@ -1,7 +1,7 @@
 """Train an image network from one YAML file, as [GN] section 4.1 does on ImageNet.
 
-    python -m i3d_gn.train_imagenet CONFIG [key=value ...] [--print-config]
-    torchrun --nproc-per-node 8 -m i3d_gn.train_imagenet CONFIG [key=value ...]
+    python -m i3d_gn.imagenet.train CONFIG [key=value ...] [--print-config]
+    torchrun --nproc-per-node 8 -m i3d_gn.imagenet.train CONFIG [key=value ...]
 
 Any number of GPUs that divides `train.num_gpus` runs the same experiment: batch norm sees
 `train.images_per_gpu` images at a time. Writes `config.yaml`, `log.jsonl`, `tensorboard/`,
@@ -24,28 +24,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from i3d_gn.checkpoint import load_checkpoint, load_model_state
-from i3d_gn.command_line import run_command
+from i3d_gn.data.batches import ClipBatch
 from i3d_gn.data.images import CenterImages, LabelledImages, TrainingImages
-from i3d_gn.data.kinetics import ClipBatch
-from i3d_gn.data.loader import (
-    EachVideoOnce,
-    ShuffledMicroBatches,
-    clip_loader,
-    default_num_workers,
-)
-from i3d_gn.device_images import DeviceImages
-from i3d_gn.distributed import World, join_world
-from i3d_gn.imagenet_config import ImageModelConfig, ImagenetConfig, load_imagenet_config
+from i3d_gn.data.loader import clip_loader, default_num_workers
+from i3d_gn.data.samplers import EachVideoOnce, ShuffledMicroBatches
+from i3d_gn.data.to_device import DeviceImages
+from i3d_gn.engine.checkpoint import load_checkpoint, load_model_state
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.distributed import World, join_world
+from i3d_gn.engine.loop import run_steps
+from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state
+from i3d_gn.engine.run_dir import claim_output_dir
+from i3d_gn.engine.run_log import RunLog, read_log, write_text_atomically
+from i3d_gn.engine.trainer import Trainer, validate
+from i3d_gn.engine.typed_config import to_dict, to_yaml
+from i3d_gn.imagenet.config import ImageModelConfig, ImagenetConfig, load_imagenet_config
 from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_tiny
 from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm, normalize_kernels
-from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state
-from i3d_gn.output_dir import claim_output_dir
-from i3d_gn.run_log import RunLog, read_log, write_text_atomically
-from i3d_gn.step_loop import run_steps
-from i3d_gn.training import Trainer, validate
-from i3d_gn.typed_yaml import to_dict, to_yaml
 
 logger = logging.getLogger(__name__)
 

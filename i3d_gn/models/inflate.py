@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from i3d_gn.models.blocks import NORM_NAMES, Bottleneck
 from i3d_gn.models.i3d import FORMS, I3D
-from i3d_gn.models.tensor_names import own_name
-from i3d_gn.models.weight_files import WeightsInfo, read_weight_file
 from i3d_gn.norm import GroupNorm
+from i3d_gn.weights.files import WeightsInfo, read_weight_file
+from i3d_gn.weights.read import Weights, read_weights
+from i3d_gn.weights.tensor_names import own_name
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,41 @@ def load_imagenet_weights(
         source_norm=source_norm,
         with_head=False,
     )
+
+
+def load_pretrained(
+    model: I3D,
+    source: str | PathLike[str] | Mapping[str, Any] | Weights,
+    *,
+    convolutions_only: bool = False,
+) -> tuple[InflationReport, WeightsInfo]:
+    """Fill a network from image weights, inflated, or video weights; all or nothing.
+
+    Args:
+        model: the network.
+        source: what `i3d_gn.weights.read.read_weights` reads, or what it returned.
+        convolutions_only: leave the source's normalisation layers unused.
+
+    Returns:
+        What became of every tensor, and what is known of the weights: `mean` and `std` are how
+        clips must be normalised for them (None where the file does not say).
+
+    Raises:
+        ValueError: unreadable, or of a network that differs; the message names the options.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    info = weights.info
+    origin = f"of {info.source}" if isinstance(source, (Weights, Mapping)) else str(source)
+    check_same_network(model, info, origin, convolutions_only=convolutions_only)
+    report = fill(
+        model,
+        weights.tensors,
+        f"weights {origin}",
+        convolutions_only=convolutions_only,
+        source_norm=norm_kind(info),
+        with_head=info.spatial_dims == 3,
+    )
+    return report, info
 
 
 def check_same_network(

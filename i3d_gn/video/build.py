@@ -5,17 +5,18 @@ import logging
 
 from torch.utils.data import DataLoader, Sampler
 
-from i3d_gn.config import Config
 from i3d_gn.data import loader
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import ClipBatch, RandomClips, Sample, Stream, TestVideos
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import World
+from i3d_gn.data.batches import ClipBatch, Sample, Stream
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.videos import RandomClips, TestVideos
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_tiny
-from i3d_gn.models.pretrained import load_pretrained
-from i3d_gn.models.weights import IMAGENET_MEAN, IMAGENET_STD
+from i3d_gn.models.inflate import load_pretrained
 from i3d_gn.norm import make_norm
-from i3d_gn.typed_yaml import ConfigError
+from i3d_gn.video.config import Config
+from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.typed_yaml import ConfigError, check_numbers, load_typed
+from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Test a trained network with 10 clips a video.
 
-    python -m i3d_gn.evaluate CONFIG --checkpoint PATH [key=value ...]
+    python -m i3d_gn.video.evaluate CONFIG --checkpoint PATH [key=value ...]
 
 Writes `results.json` and `scores.parquet` under `output_dir/test_<checkpoint>_<settings>_<hash>/`,
 a folder for whatever else can change a result: config, weights, videos. Under torchrun the videos
@@ -15,22 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from i3d_gn import build
-from i3d_gn.checkpoint import (
+from i3d_gn.engine.checkpoint import (
     CheckpointError,
     file_sha256,
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
 )
-from i3d_gn.command_line import run_command
-from i3d_gn.config import Config, load_config
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.distributed import World, join_world
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.distributed import World, join_world
+from i3d_gn.engine.run_log import write_text_atomically
+from i3d_gn.engine.typed_config import config_hash, differences, to_dict
 from i3d_gn.models import I3D
-from i3d_gn.multi_clip import TestOutcome, evaluate_videos
-from i3d_gn.run_log import write_text_atomically
-from i3d_gn.typed_yaml import config_hash, differences, to_dict
+from i3d_gn.video import build
+from i3d_gn.video.config import Config, load_config
+from i3d_gn.video.multi_clip import TestOutcome, evaluate_videos
+from i3d_gn.video_io.index import VideoIndex
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import TestVideo, TestVideos
 from i3d_gn.data.loader import TimedIterator, video_loader
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import World, wait_for_all
-from i3d_gn.metrics import VideoMetrics, video_metrics
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.videos import TestVideo, TestVideos
+from i3d_gn.engine.distributed import World, wait_for_all
+from i3d_gn.engine.metrics import VideoMetrics, video_metrics
+from i3d_gn.video_io.index import VideoIndex
 
 VIDEOS_PER_PART = 64
 

@@ -1,6 +1,6 @@
 """Tabulate and plot runs side by side.
 
-    python -m i3d_gn.report RUN [RUN ...] --out curves.png
+    python -m i3d_gn.video.report RUN [RUN ...] --out curves.png
 
 A RUN is an `output_dir`. The table goes to the terminal; the figure shows the training loss, the
 validation accuracy (one clip a video, as [GN] Fig. 7) and, for up to 30 classes, what the first run
@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from i3d_gn.command_line import run_command
-from i3d_gn.config import Config, load_config
-from i3d_gn.run_log import read_log
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.run_log import read_log
+from i3d_gn.video.config import Config, load_config
 
 MAX_CLASSES_IN_FIGURE = 30
 

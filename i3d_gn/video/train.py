@@ -1,7 +1,7 @@
 """Train a network from one YAML file.
 
-    python -m i3d_gn.train CONFIG [key=value ...] [--print-config]
-    torchrun --nproc-per-node 8 -m i3d_gn.train CONFIG [key=value ...]
+    python -m i3d_gn.video.train CONFIG [key=value ...] [--print-config]
+    torchrun --nproc-per-node 8 -m i3d_gn.video.train CONFIG [key=value ...]
 
 Writes under `output_dir`: `config.yaml` (resolved), `log.jsonl`, `tensorboard/`, `checkpoints/`.
 Started again, it goes on after the newest checkpoint as if it had never stopped.
@@ -19,32 +19,28 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from i3d_gn import build
-from i3d_gn.checkpoint import load_checkpoint, load_model_state
-from i3d_gn.command_line import run_command
-from i3d_gn.config import Config, load_config
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import ClipBatch, Stream
-from i3d_gn.data.loader import (
-    EachVideoOnce,
-    ShuffledMicroBatches,
-    micro_batches_per_process,
-)
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import World, join_world, wait_for_all
-from i3d_gn.evaluate import evaluate_model
-from i3d_gn.models import I3D
-from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state
-from i3d_gn.output_dir import claim_output_dir
-from i3d_gn.run_log import RunLog
-from i3d_gn.step_loop import run_steps
-from i3d_gn.training import (
+from i3d_gn.data.batches import ClipBatch, Stream
+from i3d_gn.data.samplers import EachVideoOnce, ShuffledMicroBatches, micro_batches_per_process
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.engine.checkpoint import load_checkpoint, load_model_state
+from i3d_gn.engine.command import run_command
+from i3d_gn.engine.distributed import World, join_world, wait_for_all
+from i3d_gn.engine.loop import run_steps
+from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state
+from i3d_gn.engine.run_dir import claim_output_dir
+from i3d_gn.engine.run_log import RunLog
+from i3d_gn.engine.trainer import (
     Trainer,
     batch_norm_layers,
     reestimate_bn_statistics,
     validate,
 )
-from i3d_gn.typed_yaml import ConfigError, to_dict, to_yaml
+from i3d_gn.engine.typed_config import ConfigError, to_dict, to_yaml
+from i3d_gn.models import I3D
+from i3d_gn.video import build
+from i3d_gn.video.config import Config, load_config
+from i3d_gn.video.evaluate import evaluate_model
+from i3d_gn.video_io.index import VideoIndex
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from i3d_gn.data.crop_plan import CropPlan
-from i3d_gn.data.decode_decord import decode_frames_decord
-from i3d_gn.data.decode_pyav import (
+from i3d_gn.video_io.crop_plan import CropPlan
+from i3d_gn.video_io.decode_decord import decode_frames_decord
+from i3d_gn.video_io.decode_pyav import (
     decode_frames_pyav,
     demux_video,
     open_video,
     sequential_frames,
 )
-from i3d_gn.data.pixels import orientation_of
-from i3d_gn.data.video_errors import VideoDecodeError
+from i3d_gn.video_io.errors import VideoDecodeError
+from i3d_gn.video_io.pixels import orientation_of
 
 __all__ = [
     "Backend",

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from i3d_gn.data.crop_plan import CropPlan
-from i3d_gn.data.decode_pyav import demux_video, open_video, out_of_range, sequential_frames
-from i3d_gn.data.frame_table import FrameTable
-from i3d_gn.data.pixels import Orientation, orientation_of
+from i3d_gn.video_io.crop_plan import CropPlan
+from i3d_gn.video_io.decode_pyav import demux_video, open_video, out_of_range, sequential_frames
+from i3d_gn.video_io.frame_table import FrameTable
+from i3d_gn.video_io.pixels import Orientation, orientation_of
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _TIMESTAMP_TOLERANCE_SECONDS = 1e-3
 def decode_frames_decord(
     path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """See :func:`i3d_gn.data.decode.decode_frames`; ``None`` (logged) where decord errs.
+    """See :func:`i3d_gn.video_io.decode.decode_frames`; ``None`` (logged) where decord errs.
 
     Raises:
         ValueError: decord is not installed.

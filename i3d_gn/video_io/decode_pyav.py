@@ -22,15 +22,15 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from i3d_gn.data.crop_plan import CropPlan
-from i3d_gn.data.frame_table import (
+from i3d_gn.video_io.crop_plan import CropPlan
+from i3d_gn.video_io.errors import VideoDecodeError
+from i3d_gn.video_io.frame_table import (
     FrameTable,
     FrameTableBuilder,
     h264_is_disposable,
     nal_length_size,
 )
-from i3d_gn.data.pixels import CropWriter, FrameWriter, orientation_of
-from i3d_gn.data.video_errors import VideoDecodeError
+from i3d_gn.video_io.pixels import CropWriter, FrameWriter, orientation_of
 
 # Files up to this size are read once and their packets kept; larger ones are read twice.
 _KEEP_PACKETS_BYTES = 32 * 2**20
@@ -133,7 +133,7 @@ def sequential_frames(path: str | Path, stream: VideoStream) -> Iterator[tuple[i
 def decode_frames_pyav(
     path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
 ) -> np.ndarray:
-    """See :func:`i3d_gn.data.decode.decode_frames`; ``indices`` are checked there."""
+    """See :func:`i3d_gn.video_io.decode.decode_frames`; ``indices`` are checked there."""
     with open_video(path) as (container, stream):
         keep = 0 < container.size <= _KEEP_PACKETS_BYTES
         table, packets = demux_video(

@@ -37,8 +37,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from i3d_gn.data.packed import PackedVideos, ShardReadError, file_in_memory, is_url
-from i3d_gn.data.video_errors import VideoDecodeError
+from i3d_gn.video_io.errors import VideoDecodeError
+from i3d_gn.video_io.packed import PackedVideos, ShardReadError, file_in_memory, is_url
 
 FORMAT_VERSION = "1"
 PACKED_FORMAT_VERSION = "2"

@@ -25,7 +25,7 @@ from av.filter import Graph
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-from i3d_gn.data.crop_plan import CropPlan
+from i3d_gn.video_io.crop_plan import CropPlan
 
 _EDGE_TOLERANCE = 0.05  # pixels of the resized frame
 _MOST_BEYOND = 64  # source pixels, see SourceWindow.beyond

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from i3d_gn.command_line import run_command
-from i3d_gn.models.i3d import FORMS
-from i3d_gn.models.weights import (
+from i3d_gn.engine.command import run_command
+from i3d_gn.weights.files import FORM_NAMES
+from i3d_gn.weights.read import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     WeightsInfo,
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--form",
-        choices=tuple(FORMS),
+        choices=FORM_NAMES,
         help="clip form of a video network; long unless the source is known to differ",
     )
     parser.add_argument(

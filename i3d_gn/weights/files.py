@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from i3d_gn.models.caffe2_pickle import read_caffe2_pickle
+from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
 
 # torch.save before 1.6 begins with this pickled number, not with a zip archive.
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _METADATA_KEY = "i3d_gn"
+FORM_NAMES = ("long", "8x8", "mmaction2")
 
 
 @dataclass(frozen=True)

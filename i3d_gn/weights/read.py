@@ -14,7 +14,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from i3d_gn.models.tensor_names import (
+from i3d_gn.weights.files import WeightsInfo, read_weight_file, write_safetensors
+from i3d_gn.weights.tensor_names import (
     Naming,
     naming_of,
     own_name,
@@ -22,7 +23,6 @@ from i3d_gn.models.tensor_names import (
     torchvision_name,
     vgg16_names,
 )
-from i3d_gn.models.weight_files import WeightsInfo, read_weight_file, write_safetensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Caffe2's Kinetics models and those ported from them: 114.75 and 57.375 of 255.

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from i3d_gn.data.batches import Sample
 from i3d_gn.data.images import CenterImages, LabelledImages, TrainingImages
-from i3d_gn.data.kinetics import Sample
-from i3d_gn.data.loader import ShuffledMicroBatches, clip_loader
+from i3d_gn.data.loader import clip_loader
+from i3d_gn.data.samplers import ShuffledMicroBatches
 
 
 @pytest.fixture

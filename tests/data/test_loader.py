@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import RandomClips, Stream
-from i3d_gn.data.loader import (
-    EachVideoOnce,
-    ShuffledMicroBatches,
-    _leave_stopping_to_the_parent,
-    clip_loader,
-    micro_batches_per_process,
-)
+from i3d_gn.data.batches import Stream
+from i3d_gn.data.loader import _leave_stopping_to_the_parent, clip_loader
+from i3d_gn.data.samplers import EachVideoOnce, ShuffledMicroBatches, micro_batches_per_process
+from i3d_gn.data.videos import RandomClips
+from i3d_gn.video_io.index import VideoIndex
 
 
 def batches(rank=0, world_size=1, first_step=0, last_step=6, seed=3, num_videos=10):

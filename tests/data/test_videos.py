@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from i3d_gn.data import kinetics
-from i3d_gn.data.decode import VideoDecodeError, decode_frames
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import RandomClips, Sample, Stream, TestVideos
+from i3d_gn.data import videos
+from i3d_gn.data.batches import Sample, Stream
+from i3d_gn.data.videos import RandomClips, TestVideos
+from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
+from i3d_gn.video_io.index import VideoIndex
 
 OPTIONS = {
     "num_frames": 8, "stride": 2, "short_side": (40, 48), "crop_size": 32,
@@ -43,7 +44,7 @@ def test_a_broken_video_is_left_out_and_named(index, monkeypatch):
             raise VideoDecodeError(path, "damaged")
         return decode_frames(path, indices, **options)
 
-    monkeypatch.setattr(kinetics, "decode_frames", decode)
+    monkeypatch.setattr(videos, "decode_frames", decode)
     clips = RandomClips(index, **OPTIONS)
     batch = clips[[Sample(0, 0), Sample(1, 1), Sample(2, 2)]]
     whole = clips[[Sample(0, 0), Sample(2, 2)]]
@@ -77,7 +78,7 @@ def test_a_test_video_holds_each_needed_frame_once(index, monkeypatch):
         asked.append(np.asarray(indices))
         return decode_frames(path, indices, **options)
 
-    monkeypatch.setattr(kinetics, "decode_frames", decode)
+    monkeypatch.setattr(videos, "decode_frames", decode)
     video = videos_to_test(index)[0]
     (indices,) = asked
     assert len(set(indices.tolist())) == len(indices) == len(video.frames)

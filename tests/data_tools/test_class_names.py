@@ -3,7 +3,7 @@
 import pytest
 
 from data_tools.class_names import label_ids, read_label_map
-from i3d_gn.data.index import VideoRecord, write_index
+from i3d_gn.video_io.index import VideoRecord, write_index
 
 
 def ids_of(labels, class_names=None, **options):

@@ -7,7 +7,7 @@ import pytest
 
 from data_tools import export_list, index_videos
 from data_tools.annotations import read_annotations
-from i3d_gn.data.index import VideoIndex
+from i3d_gn.video_io.index import VideoIndex
 
 
 @pytest.fixture

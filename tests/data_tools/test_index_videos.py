@@ -9,7 +9,7 @@ import pytest
 from data_tools import index_videos
 from data_tools.examination import examine
 from data_tools.probing import probe
-from i3d_gn.data.index import VideoIndex
+from i3d_gn.video_io.index import VideoIndex
 
 
 def run(*arguments, workers=1):

@@ -6,7 +6,7 @@ import pytest
 
 from data_tools import make_motion_clips as clips_module
 from data_tools.make_motion_clips import MOTIONS, render_clip
-from i3d_gn.data.decode import probe_video
+from i3d_gn.video_io.decode import probe_video
 
 
 def run(output, *arguments, workers=2):

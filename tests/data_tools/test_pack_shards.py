@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from data_tools import pack_shards
-from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import RandomClips, Sample, Stream, TestVideos
+from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.loader import clip_loader
-from i3d_gn.distributed import World
-from i3d_gn.evaluate import evaluate
-from i3d_gn.train import train
+from i3d_gn.data.videos import RandomClips, TestVideos
+from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.engine.distributed import World
+from i3d_gn.video.evaluate import evaluate
+from i3d_gn.video.train import train
+from i3d_gn.video_io.index import VideoIndex
 
 ONE_PROCESS = World(0, 1, torch.device("cpu"))
 
@@ -158,7 +159,7 @@ def test_from_a_web_server(motion_set, served, http_server, num_workers):
 
 
 def test_trouble_with_the_network(served, http_server, monkeypatch):
-    monkeypatch.setattr("i3d_gn.data.packed.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("i3d_gn.video_io.packed.time.sleep", lambda seconds: None)
     index = VideoIndex.load(served)
     clips = random_clips(index)
     expected = clips[[Sample(0, 0)]]

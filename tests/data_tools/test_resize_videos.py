@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from data_tools import resize_videos
 from data_tools.transcode import output_size
-from i3d_gn.data.decode import count_decodable_frames, probe_video
+from i3d_gn.video_io.decode import count_decodable_frames, probe_video
 
 
 def run(*arguments, workers=1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from i3d_gn.checkpoint import (
+from i3d_gn.engine.checkpoint import (
     CheckpointError,
     file_sha256,
     latest_checkpoint,

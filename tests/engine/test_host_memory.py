@@ -7,7 +7,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from i3d_gn.host_memory import keep_freed_memory
+from i3d_gn.engine.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -41,7 +41,7 @@ def test_freed_memory_is_used_again(monkeypatch):
 
 
 def test_the_environment_has_the_last_word(monkeypatch):
-    from i3d_gn.host_memory import keep_freed_memory
+    from i3d_gn.engine.host_memory import keep_freed_memory
 
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert not keep_freed_memory()

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i3d_gn.metrics import RunningMetrics, video_metrics
+from i3d_gn.engine.metrics import RunningMetrics, video_metrics
 
 
 def test_video_metrics_against_counting_by_hand():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import make_norm
-from i3d_gn.optim import build_sgd, learning_rate, load_sgd_state, set_lr
 
 RECIPE = {
     "steps": 400_000, "lr": 0.01, "lr_batch_size": 64, "global_batch_size": 64,

@@ -1,6 +1,6 @@
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from i3d_gn.run_log import RunLog, read_log
+from i3d_gn.engine.run_log import RunLog, read_log
 
 
 def test_a_resumed_log_forgets_what_came_after_the_checkpoint(tmp_path):

@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from i3d_gn.data.kinetics import ClipBatch
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.metrics import RunningMetrics
-from i3d_gn.models import i3d_tiny
-from i3d_gn.training import (
+from i3d_gn.data.batches import ClipBatch
+from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.engine.metrics import RunningMetrics
+from i3d_gn.engine.trainer import (
     NonFiniteLossError,
     Trainer,
     batch_norm_layers,
     reestimate_bn_statistics,
     validate,
 )
+from i3d_gn.models import i3d_tiny
 
 TO_DEVICE = DeviceClips(
     device=torch.device("cpu"), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), precision="fp32"

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from i3d_gn import cli
-from i3d_gn.imagenet_config import load_imagenet_config
-from i3d_gn.table import _by_epoch, read_image_run
-from i3d_gn.train_imagenet import build_image_model
-from i3d_gn.typed_yaml import to_dict, to_yaml
+from i3d_gn.engine.typed_config import to_dict, to_yaml
+from i3d_gn.imagenet.config import load_imagenet_config
+from i3d_gn.imagenet.tables import _by_epoch, read_image_run
+from i3d_gn.imagenet.train import build_image_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "imagenette_tiny")

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from i3d_gn import cli
-from i3d_gn.checkpoint import latest_checkpoint, load_checkpoint
-from i3d_gn.distributed import World
-from i3d_gn.imagenet_config import load_imagenet_config
+from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.run_log import read_log
+from i3d_gn.engine.trainer import Trainer
+from i3d_gn.engine.typed_config import ConfigError, to_yaml
+from i3d_gn.imagenet.config import load_imagenet_config
+from i3d_gn.imagenet.train import build_image_model, train_imagenet
 from i3d_gn.models import i3d_tiny
-from i3d_gn.models.pretrained import load_pretrained
+from i3d_gn.models.inflate import load_pretrained
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.norm import SplitBatchNorm
-from i3d_gn.run_log import read_log
-from i3d_gn.train_imagenet import build_image_model, train_imagenet
-from i3d_gn.training import Trainer
-from i3d_gn.typed_yaml import ConfigError, to_yaml
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -120,7 +120,7 @@ def test_any_number_of_processes_and_parts_is_the_same_experiment(small, tmp_pat
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-            "-m", "i3d_gn.train_imagenet", str(path), f"output_dir={tmp_path / 'four'}",
+            "-m", "i3d_gn.imagenet.train", str(path), f"output_dir={tmp_path / 'four'}",
         ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

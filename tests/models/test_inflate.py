@@ -6,7 +6,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from i3d_gn.models import I3D, i3d_resnet50
 from i3d_gn.models.inflate import inflate_kernel, load_imagenet_weights
-from i3d_gn.models.weight_files import WeightsInfo, write_safetensors
+from i3d_gn.weights.files import WeightsInfo, write_safetensors
 
 SHALLOW = (1, 1, 1, 1)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from i3d_gn.models import i3d_resnet50
-from i3d_gn.models.weights import read_weights
+from i3d_gn.weights.read import read_weights
 
 # fvcore, which pytorchvideo imports, scripts a function when imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")

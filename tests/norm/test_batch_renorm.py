@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
+from i3d_gn.engine.optim import build_sgd
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import BatchRenorm, make_norm
-from i3d_gn.optim import build_sgd
 
 
 def algorithm_1(x, mu, sigma, gamma, beta, *, r_max, d_max, momentum, eps):

@@ -5,10 +5,10 @@ import pytest
 import torch
 import yaml
 
-from i3d_gn import build
-from i3d_gn.config import load_config
-from i3d_gn.optim import learning_rate
-from i3d_gn.typed_yaml import ConfigError, config_hash, differences, to_dict, to_yaml
+from i3d_gn.engine.optim import learning_rate
+from i3d_gn.engine.typed_config import ConfigError, config_hash, differences, to_dict, to_yaml
+from i3d_gn.video import build
+from i3d_gn.video.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ALL = sorted(REPOSITORY.glob("configs/**/*.yaml"))

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.checkpoint import CheckpointError, file_sha256, latest_checkpoint
-from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
-from i3d_gn.distributed import World
-from i3d_gn.evaluate import evaluate
-from i3d_gn.train import train
-from i3d_gn.typed_yaml import ConfigError, config_hash, to_yaml
+from i3d_gn.engine.checkpoint import CheckpointError, file_sha256, latest_checkpoint
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.typed_config import ConfigError, config_hash, to_yaml
+from i3d_gn.video.evaluate import evaluate
+from i3d_gn.video.train import train
+from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -81,7 +81,7 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
         subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={world_size}", "-m", "i3d_gn.evaluate", str(path),
+                f"--nproc-per-node={world_size}", "-m", "i3d_gn.video.evaluate", str(path),
             ],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -3,14 +3,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.data.decode import decode_frames
-from i3d_gn.data.index import VideoIndex
-from i3d_gn.data.kinetics import TestVideos
+from i3d_gn.data.to_device import DeviceClips
 from i3d_gn.data.transforms import evaluation_crops, normalize_clips
-from i3d_gn.device_clips import DeviceClips
-from i3d_gn.distributed import World
+from i3d_gn.data.videos import TestVideos
+from i3d_gn.engine.distributed import World
 from i3d_gn.models import i3d_tiny
-from i3d_gn.multi_clip import evaluate_videos, read_parts, score_video
+from i3d_gn.video.multi_clip import evaluate_videos, read_parts, score_video
+from i3d_gn.video_io.decode import decode_frames
+from i3d_gn.video_io.index import VideoIndex
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 TO_DEVICE = DeviceClips(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
@@ -121,7 +121,7 @@ def test_scores_are_written_once_a_video_and_metrics_follow_from_them(model, ind
 
 def test_a_stopped_test_goes_on_and_ends_the_same(model, index, tmp_path, monkeypatch):
     run(model, index, tmp_path / "whole")
-    monkeypatch.setattr("i3d_gn.multi_clip.VIDEOS_PER_PART", 2)
+    monkeypatch.setattr("i3d_gn.video.multi_clip.VIDEOS_PER_PART", 2)
     scored = []
 
     def stops_after_five(network, video, **options):
@@ -130,7 +130,7 @@ def test_a_stopped_test_goes_on_and_ends_the_same(model, index, tmp_path, monkey
             raise KeyboardInterrupt
         return score_video(network, video, **options)
 
-    monkeypatch.setattr("i3d_gn.multi_clip.score_video", stops_after_five)
+    monkeypatch.setattr("i3d_gn.video.multi_clip.score_video", stops_after_five)
     with pytest.raises(KeyboardInterrupt):
         run(model, index, tmp_path / "stopped")
     assert [s.video for s in read_parts(tmp_path / "stopped" / "parts" / "tag")] == [0, 1, 2, 3]
@@ -145,7 +145,7 @@ def test_scores_of_other_weights_are_not_taken_over(model, index, tmp_path, monk
     parts.mkdir(parents=True)
     calls = []
     monkeypatch.setattr(
-        "i3d_gn.multi_clip.score_video",
+        "i3d_gn.video.multi_clip.score_video",
         lambda _model, video, **_: calls.append(video.video) or torch.ones(6),
     )
     run(model, index, tmp_path, tag="ours")

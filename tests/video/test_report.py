@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from i3d_gn.evaluate import evaluate
-from i3d_gn.report import read_run, table
-from i3d_gn.train import train
+from i3d_gn.video.evaluate import evaluate
+from i3d_gn.video.report import read_run, table
+from i3d_gn.video.train import train
 
 
 @pytest.fixture

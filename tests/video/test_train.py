@@ -11,19 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.checkpoint import (
+from i3d_gn.data import videos
+from i3d_gn.engine.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from i3d_gn.data import kinetics
-from i3d_gn.data.decode import VideoDecodeError, decode_frames
-from i3d_gn.distributed import World
-from i3d_gn.run_log import RunLog, read_log
-from i3d_gn.train import train
-from i3d_gn.training import NonFiniteLossError, Trainer
-from i3d_gn.typed_yaml import ConfigError, to_yaml
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.run_log import RunLog, read_log
+from i3d_gn.engine.trainer import NonFiniteLossError, Trainer
+from i3d_gn.engine.typed_config import ConfigError, to_yaml
+from i3d_gn.video.train import train
+from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -85,7 +85,7 @@ def test_a_killed_process_resumes_bit_for_bit(small_run, tmp_path):
     path = tmp_path / "killed.yaml"
     path.write_text(to_yaml(config))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "i3d_gn.train", str(path)]
+    command = [sys.executable, "-m", "i3d_gn.video.train", str(path)]
     whole = tmp_path / "whole"
     subprocess.run([*command, f"output_dir={whole}"], check=True, env=one_thread())
     process = subprocess.Popen(
@@ -103,7 +103,7 @@ def test_a_killed_process_resumes_bit_for_bit(small_run, tmp_path):
     assert_same_outcome(whole, run)
 
 
-def in_processes(world_size, path, *overrides, program=("-m", "i3d_gn.train")):
+def in_processes(world_size, path, *overrides, program=("-m", "i3d_gn.video.train")):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={world_size}", *program, str(path), *overrides,
@@ -209,7 +209,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_it(small_run,
         events.append(step)
         return save_checkpoint(folder, step=step, **rest)
 
-    monkeypatch.setattr("i3d_gn.step_loop.save_checkpoint", saves)
+    monkeypatch.setattr("i3d_gn.engine.loop.save_checkpoint", saves)
     train(small_run(), WORLD)
     assert events == ["flush", 2, "flush", 4, "flush", 6]
 
@@ -221,7 +221,7 @@ def test_scores_of_a_stopped_validation_are_not_taken_over(small_run, tmp_path, 
     def stops(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("i3d_gn.multi_clip._merge", stops)  # every score is written by then
+    monkeypatch.setattr("i3d_gn.video.multi_clip._merge", stops)  # every score is written by then
     with pytest.raises(KeyboardInterrupt):
         train(small_run(*options, "train.lr=0.5"), WORLD)
     monkeypatch.undo()
@@ -243,8 +243,8 @@ def test_processes_that_see_different_folders_do_not_start(small_run, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from i3d_gn.command_line import run_command\n"
-        "from i3d_gn.train import main\n"
+        "from i3d_gn.engine.command import run_command\n"
+        "from i3d_gn.video.train import main\n"
         f"folder = '{tmp_path}/' + os.environ['RANK']\n"
         "sys.exit(run_command(lambda: main([sys.argv[1], f'output_dir={folder}'])))\n"
     )
@@ -273,7 +273,7 @@ def test_broken_videos_are_counted_and_stop_training_at_the_budget(
             raise VideoDecodeError(path, "damaged")
         return decode_frames(path, indices, **options)
 
-    monkeypatch.setattr(kinetics, "decode_frames", breaks)
+    monkeypatch.setattr(videos, "decode_frames", breaks)
     train(small_run(), WORLD)  # 24 clips of 12 videos, each twice; two of the videos are broken
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "train"]
     assert sum(line["broken"] for line in lines) == 4
@@ -313,7 +313,7 @@ def test_ctrl_c_leaves_no_process_behind(small_run, tmp_path):
     path = tmp_path / "long.yaml"
     path.write_text(to_yaml(config))
     process = subprocess.Popen(
-        [sys.executable, "-m", "i3d_gn.train", str(path)],
+        [sys.executable, "-m", "i3d_gn.video.train", str(path)],
         env=one_thread(),
         start_new_session=True,
         stderr=subprocess.PIPE,

@@ -13,8 +13,9 @@ import torch
 from av.stream import Disposition
 from torchvision.transforms.v2 import functional as tv
 
-from i3d_gn.data import decode_pyav
-from i3d_gn.data.decode import (
+from i3d_gn.data.transforms import CropPlan, evaluation_crops, random_crop_plan
+from i3d_gn.video_io import decode_pyav
+from i3d_gn.video_io.decode import (
     Backend,
     VideoDecodeError,
     VideoInfo,
@@ -22,7 +23,6 @@ from i3d_gn.data.decode import (
     decode_frames,
     probe_video,
 )
-from i3d_gn.data.transforms import CropPlan, evaluation_crops, random_crop_plan
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,13 +8,13 @@ from av.error import FFmpegError
 from torchvision.transforms.v2 import functional as tv
 
 from i3d_gn.data.clips import clip_indices, spaced_starts
-from i3d_gn.data.decode import (
+from i3d_gn.data.transforms import random_crop_plan
+from i3d_gn.video_io.decode import (
     VideoDecodeError,
     count_decodable_frames,
     decode_frames,
     probe_video,
 )
-from i3d_gn.data.transforms import random_crop_plan
 
 pytestmark = [pytest.mark.real_data, pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from i3d_gn.data.index import VideoIndex, VideoRecord, write_index
+from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
 CLASS_NAMES = ["air drumming", "massaging person's head", "yoga"]
 RECORD = VideoRecord(

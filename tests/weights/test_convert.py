@@ -5,13 +5,14 @@ import pytest
 import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from i3d_gn import build, cli
-from i3d_gn.distributed import World
+from i3d_gn import cli
+from i3d_gn.engine.distributed import World
+from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import i3d_tiny
-from i3d_gn.models.pretrained import load_pretrained
-from i3d_gn.models.weights import read_weights
-from i3d_gn.train import train
-from i3d_gn.typed_yaml import ConfigError
+from i3d_gn.models.inflate import load_pretrained
+from i3d_gn.video import build
+from i3d_gn.video.train import train
+from i3d_gn.weights.read import read_weights
 
 SHALLOW = (1, 1, 1, 1)
 

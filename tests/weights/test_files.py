@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from i3d_gn.models.weight_files import WeightsInfo, read_weight_file, write_safetensors
-from i3d_gn.models.weights import read_weights
+from i3d_gn.weights.files import WeightsInfo, read_weight_file, write_safetensors
+from i3d_gn.weights.read import read_weights
 
 
 class Runs:

@@ -1,0 +1,1 @@
+"""How anything is trained: loop, optimizer, checkpoints, logs, ranks, configs."""

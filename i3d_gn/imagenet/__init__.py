@@ -1,0 +1,1 @@
+"""Image classification: the paper's Tables 1 to 3."""

@@ -1,0 +1,1 @@
+"""Video classification: train, evaluate with 10 clips, report."""

@@ -1,0 +1,1 @@
+"""Reading and writing anyone's weights, under our names."""
