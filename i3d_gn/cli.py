@@ -39,8 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         # These answer for themselves, and need no torch: their processes start in a tenth of the
         # time, with a fifth of the memory.
         return command.main(rest)
-    from i3d_gn.engine.command import run_command
+    import logging
 
+    from i3d_gn.engine.command import run_command
+    from i3d_gn.engine.host_memory import keep_freed_memory
+
+    keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return run_command(lambda: command.main(rest))
 
 

@@ -1,23 +1,21 @@
-"""How an entry point meets its user: progress on stderr, mistakes as one line."""
+"""How a command ends: an exit status, and errors as one line. No torch, so that help is quick."""
 
-import logging
 import sys
 from collections.abc import Callable
 
-from i3d_gn.engine.host_memory import keep_freed_memory
-from i3d_gn.engine.trainer import NonFiniteLossError
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged."""
 
 
-def run_command(main: Callable[[], int]) -> int:
-    """Run an entry point and return its exit status.
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command and return its exit status.
 
-    0 success, 1 training diverged, 2 something the user can mend (a `ValueError`, or
-    an `OSError` as of a full disk or a folder that cannot be written), 130 Ctrl-C.
+    0 success, 1 training diverged, 2 a user error (`ValueError`) or a system error (`OSError`: disk
+    full, permission denied), 130 Ctrl-C. Errors of these kinds are printed as one line on stderr.
     """
-    keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return main()
+        return command()
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -25,5 +23,5 @@ def run_command(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

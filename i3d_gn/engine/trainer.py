@@ -15,12 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from i3d_gn.data.batches import ClipBatch, Stream
 from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import copy_from_main, sum_over_world
 from i3d_gn.engine.metrics import RunningMetrics
-
-
-class NonFiniteLossError(RuntimeError):
-    """Training diverged."""
 
 
 class Trainer:
