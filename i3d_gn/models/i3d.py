@@ -97,8 +97,6 @@ class I3D(nn.Module):
         inflate: False for C2D, all convolutions of temporal kernel 1; pooling stays.
         pool_padding: spatial padding of pool1: 0 as in [NL]'s code, a 55 x 55 map at 224 pixels,
             or 1 as in PySlowFast and pytorchvideo, 56 x 56.
-        paper_pools: temporal kernels of pool1 and pool2 as printed in the [NL] paper's Table 1,
-            3 (padded by 1) in place of 2; `long` form only.
         stride_in: which convolution of a stage's first block has the stride: the `3x3`, as in
             torchvision, or the first `1x1`, as in the original MSRA form.
         dropout: probability before the classifier.
@@ -124,7 +122,6 @@ class I3D(nn.Module):
         form: str = "long",
         inflate: bool = True,
         pool_padding: int = 0,
-        paper_pools: bool = False,
         stride_in: StrideIn = "3x3",
         dropout: float = 0.5,
         zero_init_last_norm: bool = True,
@@ -137,14 +134,8 @@ class I3D(nn.Module):
         _check_choice("stride_in", stride_in, ("3x3", "1x1"))
         for name in checkpoint_stages:
             _check_choice("checkpoint_stages entry", name, STAGE_NAMES)
-        if paper_pools and form != "long":
-            raise ValueError(f"paper_pools=True belongs to form='long'; got form={form!r}")
         norm_factory = partial(make_norm, norm) if isinstance(norm, str) else norm
         conv1_stride, pool1_kernel, pool1_stride = FORMS[form]
-        if paper_pools:
-            pool1_kernel = 3
-        pool2_kernel = 3 if paper_pools else 2
-        temporal_pool_padding = 1 if paper_pools else 0
 
         self.zero_init_last_norm = zero_init_last_norm
         self.checkpoint_stages = frozenset(checkpoint_stages)
@@ -159,7 +150,7 @@ class I3D(nn.Module):
         self.pool1 = nn.MaxPool3d(
             (pool1_kernel, 3, 3),
             (pool1_stride, 2, 2),
-            (temporal_pool_padding, pool_padding, pool_padding),
+            (0, pool_padding, pool_padding),
         )
         stages = [
             make_stage(
@@ -178,7 +169,7 @@ class I3D(nn.Module):
             )
         ]
         self.res2 = stages[0]
-        self.pool2 = nn.MaxPool3d((pool2_kernel, 1, 1), (2, 1, 1), (temporal_pool_padding, 0, 0))
+        self.pool2 = nn.MaxPool3d((2, 1, 1))
         self.res3, self.res4, self.res5 = stages[1:]
         self.head = Head(4 * width * 8, num_classes, dropout)
         self._init_weights()

@@ -295,20 +295,18 @@ def _structure(model: I3D) -> dict[str, Any]:
         values if isinstance(values, tuple) else (values,) * 3
         for values in (model.pool1.kernel_size, model.pool1.stride, model.pool1.padding)
     )
-    pools_as_printed = pool1_padding[0] == 1
     form = next(
         name
         for name, form in FORMS.items()
         if form.conv1_stride == model.conv1.stride[0]
         and form.pool1_stride == pool1_stride[0]
-        and (form.pool1_kernel == pool1_kernel[0] or pools_as_printed)
+        and form.pool1_kernel == pool1_kernel[0]
     )
     return {
         "stride_in": "1x1" if first.conv1.stride[1] == 2 else "3x3",
         "form": form,
         "inflate": model.conv1.kernel_size[0] > 1,
         "pool_padding": pool1_padding[1],
-        "paper_pools": pools_as_printed,
     }
 
 

@@ -27,7 +27,7 @@ FORM_NAMES = ("long", "8x8", "mmaction2")
 class WeightsInfo:
     """What a network must be like for the weights to mean what they did.
 
-    None says that the file does not tell. The last four describe video networks, as the options of
+    None says that the file does not tell. The last three describe video networks, as the options of
     `i3d_gn.models.I3D`.
 
     Attributes:
@@ -50,7 +50,6 @@ class WeightsInfo:
     form: str | None = None
     inflate: bool | None = None
     pool_padding: int | None = None
-    paper_pools: bool | None = None
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | None]:

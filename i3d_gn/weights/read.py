@@ -253,7 +253,7 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
         known = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
         known |= {"form": "mmaction2", "pool_padding": 1}
     if _spatial_dims(tensors) == 3:
-        known |= {"inflate": tensors["conv1.weight"].shape[2] > 1, "paper_pools": False}
+        known |= {"inflate": tensors["conv1.weight"].shape[2] > 1}
     return WeightsInfo(
         source=naming,
         spatial_dims=_spatial_dims(tensors),
@@ -284,7 +284,6 @@ def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor
         form=model["form"] if is_video else None,
         inflate=model["inflate"] if is_video else None,
         pool_padding=model["pool_padding"] if is_video else None,
-        paper_pools=False if is_video else None,
     )
 
 

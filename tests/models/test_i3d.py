@@ -101,11 +101,6 @@ def test_temporal_kernels():
     [
         ({"form": "8x8"}, {"conv1": (64, 8, 112, 112), "pool1": (64, 8, 55, 55)}),
         ({"pool_padding": 1}, {"pool1": (64, 4, 56, 56), "res3": (512, 2, 28, 28)}),
-        # [NL] paper, Table 1: 56 x 56 after pool1.
-        (
-            {"paper_pools": True, "pool_padding": 1},
-            {"pool1": (64, 4, 56, 56), "res5": (2048, 2, 7, 7)},
-        ),
         ({"stride_in": "1x1"}, {"res3": (512, 2, 28, 28), "res5": (2048, 2, 7, 7)}),
         ({"inflate": False}, {"conv1": (64, 8, 112, 112), "res5": (2048, 2, 7, 7)}),
     ],
@@ -116,12 +111,6 @@ def test_shapes_of_the_options(options, expected):
     assert shapes | expected == shapes
 
 
-def test_paper_pools_kernels():
-    model = on_meta(i3d_tiny, paper_pools=True)
-    assert (model.pool1.kernel_size, model.pool1.padding) == ((3, 3, 3), (1, 0, 0))
-    assert (model.pool2.kernel_size, model.pool2.padding) == ((3, 1, 1), (1, 0, 0))
-
-
 def test_stride_placement():
     for stride_in, strides in (("3x3", (1, 2)), ("1x1", (2, 1))):
         block = on_meta(i3d_resnet50, stride_in=stride_in).res3[0]
@@ -129,9 +118,7 @@ def test_stride_placement():
         assert block.conv2.stride == (1, strides[1], strides[1])
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"pool_padding": 1}, {"paper_pools": True}, {"form": "8x8"}]
-)
+@pytest.mark.parametrize("options", [{}, {"pool_padding": 1}, {"form": "8x8"}])
 @pytest.mark.parametrize(
     "size", [(32, 64, 64), (16, 56, 56), (17, 61, 83), (33, 40, 97), (7, 33, 32)]
 )
@@ -141,7 +128,7 @@ def test_feature_size_is_the_size_of_the_features(options, size):
     assert model.feature_size(*size) == shapes["res5"][1:]
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "8x8"}, {"paper_pools": True}])
+@pytest.mark.parametrize("options", [{}, {"form": "8x8"}])
 def test_too_small_clips(options):
     model = on_meta(i3d_tiny, **options)
     with pytest.raises(ValueError, match="too small") as error:
@@ -274,7 +261,6 @@ def test_wrong_clips():
         ({"stride_in": "7x7"}, "stride_in '7x7'"),
         ({"norm": "group"}, "norm 'group' is unknown"),
         ({"checkpoint_stages": ("res1",)}, "'res1' is unknown.*res5"),
-        ({"form": "8x8", "paper_pools": True}, "paper_pools"),
     ],
 )
 def test_wrong_options(options, message):
