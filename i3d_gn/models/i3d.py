@@ -37,19 +37,19 @@ STAGE_NAMES = ("res2", "res3", "res4", "res5")
 TEMPORAL_KERNELS = ((3,), (3, 1), (3, 1), (1, 3))
 
 
-class Form(NamedTuple):
-    """What differs between clip forms: temporal stride of conv1, pool1 along time."""
+class Stem(NamedTuple):
+    """What differs between stems: conv1 and pool1 along time."""
 
     conv1_stride: int
     pool1_kernel: int
     pool1_stride: int
 
 
-FORMS = {
-    "long": Form(conv1_stride=2, pool1_kernel=2, pool1_stride=2),  # 32 and 64 frames
-    "8x8": Form(conv1_stride=1, pool1_kernel=1, pool1_stride=1),  # 8 frames, 8 apart
+STEMS = {
+    "strided": Stem(conv1_stride=2, pool1_kernel=2, pool1_stride=2),  # 32 and 64 frames
+    "8x8": Stem(conv1_stride=1, pool1_kernel=1, pool1_stride=1),  # 8 frames, 8 apart
     # 32 frames, of which pool1 drops every other position: mmaction2 models/backbones/resnet3d.py.
-    "mmaction2": Form(conv1_stride=2, pool1_kernel=1, pool1_stride=2),
+    "mmaction2": Stem(conv1_stride=2, pool1_kernel=1, pool1_stride=2),
 }
 
 
@@ -80,7 +80,7 @@ class Head(nn.Module):
 class I3D(nn.Module):
     """Inflated 3-D ResNet with bottleneck blocks, clips to logits.
 
-    Shapes of the 32-frame form at 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`):
+    Shapes for 32 frames of 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`):
 
         conv1 64,16,112,112 -> pool1 64,8,55,55 -> res2 256,8,55,55 -> pool2 256,4,55,55
         -> res3 512,4,28,28 -> res4 1024,4,14,14 -> res5 2048,4,7,7 -> head
@@ -91,9 +91,9 @@ class I3D(nn.Module):
             layer, for instance `functools.partial(make_norm, "gn", channels_per_group=16)`.
         num_classes: K.
         width: channels of conv1 and inner channels of res2; each stage doubles the latter.
-        form: `long` for 32 and 64 frames, `8x8` ([NL]'s and pytorchvideo's short form: no
-            temporal stride in conv1 and pool1), or `mmaction2`, whose pool1 has the temporal
-            stride of `long` and a temporal kernel of 1.
+        stem: `strided` in time, by 2 in conv1 and in pool1, for 32 and 64 frames; `8x8` ([NL]
+            and pytorchvideo), no temporal stride in either, for 8 frames; or `mmaction2`, as
+            `strided` with a temporal kernel of 1 in pool1.
         inflate: False for C2D, all convolutions of temporal kernel 1; pooling stays.
         pool_padding: spatial padding of pool1: 0 as in [NL]'s code, a 55 x 55 map at 224 pixels,
             or 1 as in PySlowFast and pytorchvideo, 56 x 56.
@@ -119,7 +119,7 @@ class I3D(nn.Module):
         norm: str | NormFactory = "gn",
         num_classes: int = 400,
         width: int = 64,
-        form: str = "long",
+        stem: str = "strided",
         inflate: bool = True,
         pool_padding: int = 0,
         stride_in: StrideIn = "3x3",
@@ -129,13 +129,13 @@ class I3D(nn.Module):
         recompute: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("form", form, tuple(FORMS))
+        _check_choice("stem", stem, tuple(STEMS))
         _check_choice("pool_padding", pool_padding, (0, 1))
         _check_choice("stride_in", stride_in, ("3x3", "1x1"))
         for name in checkpoint_stages:
             _check_choice("checkpoint_stages entry", name, STAGE_NAMES)
         norm_factory = partial(make_norm, norm) if isinstance(norm, str) else norm
-        conv1_stride, pool1_kernel, pool1_stride = FORMS[form]
+        conv1_stride, pool1_kernel, pool1_stride = STEMS[stem]
 
         self.zero_init_last_norm = zero_init_last_norm
         self.checkpoint_stages = frozenset(checkpoint_stages)

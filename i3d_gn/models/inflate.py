@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from i3d_gn.models.blocks import NORM_NAMES, Bottleneck
-from i3d_gn.models.i3d import FORMS, I3D
+from i3d_gn.models.i3d import STEMS, I3D
 from i3d_gn.norm import GroupNorm
 from i3d_gn.weights.files import WeightsInfo, read_weight_file
 from i3d_gn.weights.read import Weights, read_weights
@@ -295,16 +295,16 @@ def _structure(model: I3D) -> dict[str, Any]:
         values if isinstance(values, tuple) else (values,) * 3
         for values in (model.pool1.kernel_size, model.pool1.stride, model.pool1.padding)
     )
-    form = next(
+    stem = next(
         name
-        for name, form in FORMS.items()
-        if form.conv1_stride == model.conv1.stride[0]
-        and form.pool1_stride == pool1_stride[0]
-        and form.pool1_kernel == pool1_kernel[0]
+        for name, stem in STEMS.items()
+        if stem.conv1_stride == model.conv1.stride[0]
+        and stem.pool1_stride == pool1_stride[0]
+        and stem.pool1_kernel == pool1_kernel[0]
     )
     return {
         "stride_in": "1x1" if first.conv1.stride[1] == 2 else "3x3",
-        "form": form,
+        "stem": stem,
         "inflate": model.conv1.kernel_size[0] > 1,
         "pool_padding": pool1_padding[1],
     }

@@ -40,7 +40,7 @@ def build_model(config: Config) -> I3D:
     built = _VARIANTS[model.name](
         norm=norm if explicit else model.norm,
         num_classes=model.num_classes,
-        form=model.form,
+        stem=model.stem,
         inflate=model.inflate,
         pool_padding=model.pool_padding,
         stride_in=model.stride_in,

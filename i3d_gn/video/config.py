@@ -23,7 +23,7 @@ class ModelConfig:
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
     channels_per_group: int | None = None
-    form: Literal["long", "8x8", "mmaction2"] = "long"  # long: 32 or 64 frames in
+    stem: Literal["strided", "8x8", "mmaction2"] = "strided"  # strided: 32 or 64 frames
     inflate: bool = True  # False: C2D, every convolution kernel 1 long in time
     pool_padding: int = 0  # 1: pool1 as PySlowFast and pytorchvideo have it
     stride_in: Literal["3x3", "1x1"] = "3x3"  # 1x1: original MSRA ResNet

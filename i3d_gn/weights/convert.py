@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from i3d_gn.engine.command import run_command
-from i3d_gn.weights.files import FORM_NAMES
+from i3d_gn.weights.files import STEM_NAMES
 from i3d_gn.weights.read import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         help="convolution with a bottleneck's stride; 3x3 unless the source is known to differ",
     )
     parser.add_argument(
-        "--form",
-        choices=FORM_NAMES,
-        help="clip form of a video network; long unless the source is known to differ",
+        "--stem",
+        choices=STEM_NAMES,
+        help="stem of a video network; strided unless the source is known to differ",
     )
     parser.add_argument(
         "--pool-padding",
@@ -72,10 +72,10 @@ def _complete(info: WeightsInfo, args: argparse.Namespace) -> WeightsInfo:
     """The options given first, then what the source tells, then what is usual."""
     usual: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
     if info.spatial_dims == 3:
-        usual |= {"form": "long", "pool_padding": 0}
-    elif args.form is not None or args.pool_padding is not None:
+        usual |= {"stem": "strided", "pool_padding": 0}
+    elif args.stem is not None or args.pool_padding is not None:
         raise ValueError(
-            f"{args.source} is an image network, and --form and --pool-padding are of video "
+            f"{args.source} is an image network, and --stem and --pool-padding are of video "
             "networks; leave them out"
         )
     if args.std is not None and min(args.std) <= 0:

@@ -20,7 +20,7 @@ from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
 # torch.save before 1.6 begins with this pickled number, not with a zip archive.
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _METADATA_KEY = "i3d_gn"
-FORM_NAMES = ("long", "8x8", "mmaction2")
+STEM_NAMES = ("strided", "8x8", "mmaction2")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WeightsInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     stride_in: str | None = None
-    form: str | None = None
+    stem: str | None = None
     inflate: bool | None = None
     pool_padding: int | None = None
 

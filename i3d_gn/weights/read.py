@@ -244,14 +244,14 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
     if naming == "caffe2_gn":
         known = {"mean": _DETECTRON_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
     elif naming == "caffe2_bn":
-        # Of video networks both forms, and PySlowFast's with padded pools, have the same names.
+        # Of video networks both stems, and PySlowFast's with padded pools, have the same names.
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
     elif naming in ("pytorchvideo", "pyslowfast"):
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
-        known |= {"form": "8x8", "pool_padding": 1}
+        known |= {"stem": "8x8", "pool_padding": 1}
     elif naming == "mmaction2":
         known = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
-        known |= {"form": "mmaction2", "pool_padding": 1}
+        known |= {"stem": "mmaction2", "pool_padding": 1}
     if _spatial_dims(tensors) == 3:
         known |= {"inflate": tensors["conv1.weight"].shape[2] > 1}
     return WeightsInfo(
@@ -281,7 +281,7 @@ def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor
         mean=tuple(content["input"]["mean"]),
         std=tuple(content["input"]["std"]),
         stride_in=model.get("stride_in", "3x3"),
-        form=model["form"] if is_video else None,
+        stem=model["stem"] if is_video else None,
         inflate=model["inflate"] if is_video else None,
         pool_padding=model["pool_padding"] if is_video else None,
     )

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from i3d_gn.models import i3d_resnet50, i3d_resnet101, i3d_tiny
 from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
 
-# DESIGN section 2: the layer table of the long form at 32 x 224 x 224.
+# DESIGN section 2: the layer table of the long stem at 32 x 224 x 224.
 LAYER_TABLE = {
     "conv1": (64, 16, 112, 112),
     "pool1": (64, 8, 55, 55),
@@ -99,14 +99,14 @@ def test_temporal_kernels():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"form": "8x8"}, {"conv1": (64, 8, 112, 112), "pool1": (64, 8, 55, 55)}),
+        ({"stem": "8x8"}, {"conv1": (64, 8, 112, 112), "pool1": (64, 8, 55, 55)}),
         ({"pool_padding": 1}, {"pool1": (64, 4, 56, 56), "res3": (512, 2, 28, 28)}),
         ({"stride_in": "1x1"}, {"res3": (512, 2, 28, 28), "res5": (2048, 2, 7, 7)}),
         ({"inflate": False}, {"conv1": (64, 8, 112, 112), "res5": (2048, 2, 7, 7)}),
     ],
 )
 def test_shapes_of_the_options(options, expected):
-    num_frames = 8 if options.get("form") == "8x8" else 16
+    num_frames = 8 if options.get("stem") == "8x8" else 16
     shapes = output_shapes(on_meta(i3d_resnet50, **options), num_frames, 224, 224)
     assert shapes | expected == shapes
 
@@ -118,7 +118,7 @@ def test_stride_placement():
         assert block.conv2.stride == (1, strides[1], strides[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"pool_padding": 1}, {"form": "8x8"}])
+@pytest.mark.parametrize("options", [{}, {"pool_padding": 1}, {"stem": "8x8"}])
 @pytest.mark.parametrize(
     "size", [(32, 64, 64), (16, 56, 56), (17, 61, 83), (33, 40, 97), (7, 33, 32)]
 )
@@ -128,7 +128,7 @@ def test_feature_size_is_the_size_of_the_features(options, size):
     assert model.feature_size(*size) == shapes["res5"][1:]
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "8x8"}])
+@pytest.mark.parametrize("options", [{}, {"stem": "8x8"}])
 def test_too_small_clips(options):
     model = on_meta(i3d_tiny, **options)
     with pytest.raises(ValueError, match="too small") as error:
@@ -254,8 +254,8 @@ def test_wrong_clips():
     ("options", "message"),
     [
         (
-            {"form": "short"},
-            r"form 'short' is unknown; choose one of \('long', '8x8', 'mmaction2'\)",
+            {"stem": "short"},
+            r"stem 'short' is unknown; choose one of \('strided', '8x8', 'mmaction2'\)",
         ),
         ({"pool_padding": 2}, "pool_padding 2"),
         ({"stride_in": "7x7"}, "stride_in '7x7'"),

@@ -105,10 +105,10 @@ def test_static_clip_gives_the_image_features_in_c2d(norm, stride_in):
         torch.testing.assert_close(frame, expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize(("form", "num_frames"), [("long", 112), ("8x8", 32)])
-def test_static_clip_gives_the_image_features_away_from_temporal_borders(form, num_frames):
+@pytest.mark.parametrize(("stem", "num_frames"), [("strided", 112), ("8x8", 32)])
+def test_static_clip_gives_the_image_features_away_from_temporal_borders(stem, num_frames):
     network = image_network()
-    model = I3D(SHALLOW, norm="bn", form=form, pool_padding=1)
+    model = I3D(SHALLOW, norm="bn", stem=stem, pool_padding=1)
     load_imagenet_weights(model, network.state_dict())
     images = torch.randn(1, 3, 40, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_static_clip_gives_the_image_features_away_from_temporal_borders(form, n
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "num_frames"),
-    [({}, 160), ({"form": "8x8"}, 48), ({"inflate": False}, 8)],
+    [({}, 160), ({"stem": "8x8"}, 48), ({"inflate": False}, 8)],
 )
 def test_static_clip_with_random_weights_resnet50(options, num_frames):
     network = image_network(depths=(3, 4, 6, 3))
@@ -142,7 +142,7 @@ def test_static_clip_with_random_weights_resnet50(options, num_frames):
 @pytest.mark.real_data
 @pytest.mark.parametrize(
     ("options", "num_frames"),
-    [({}, 160), ({"form": "8x8"}, 48), ({"inflate": False}, 8)],
+    [({}, 160), ({"stem": "8x8"}, 48), ({"inflate": False}, 8)],
 )
 def test_static_clip_with_imagenet_weights(shared_data, options, num_frames):
     path = shared_data / "resnet50_imagenet_msra.pth"

@@ -33,7 +33,7 @@ def test_logits_equal_pytorchvideo(name):
 
     torch.manual_seed(0)
     reference = randomised(getattr(hub, name)(pretrained=False))
-    ours = i3d_resnet50("bn", form="8x8", pool_padding=1, inflate=name == "i3d_r50").eval()
+    ours = i3d_resnet50("bn", stem="8x8", pool_padding=1, inflate=name == "i3d_r50").eval()
     ours.load_state_dict(read_weights(reference.state_dict()).tensors)
     # 193 pixels give the 7 x 7 map of its head's pooling window; at 260, 9 x 9, its head averages
     # the logits of all windows.
@@ -54,7 +54,7 @@ def test_every_tensor_has_a_place():
 
     with torch.device("meta"):
         theirs = hub.i3d_r50(pretrained=False).state_dict()
-        ours = i3d_resnet50("bn", form="8x8").state_dict()
+        ours = i3d_resnet50("bn", stem="8x8").state_dict()
     renamed = read_weights(theirs).tensors
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
 

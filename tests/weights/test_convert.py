@@ -72,25 +72,25 @@ def test_what_a_video_network_s_pickle_does_not_tell(tmp_path):
             blobs[name] = tensor.numpy()
     source, dest = tmp_path / "I3D_8x8_R50.pkl", tmp_path / "w.safetensors"
     source.write_bytes(pickle.dumps({"blobs": blobs}, 2))
-    for options, form, padding in (
-        ([], "long", 0),
-        (["--form", "8x8"], "8x8", 0),
-        (["--form", "8x8", "--pool-padding", "1"], "8x8", 1),
+    for options, stem, padding in (
+        ([], "strided", 0),
+        (["--stem", "8x8"], "8x8", 0),
+        (["--stem", "8x8", "--pool-padding", "1"], "8x8", 1),
     ):
         assert cli.main(["convert", str(source), str(dest), *options]) == 0
         info = read_weights(dest).info
-        assert (info.form, info.pool_padding, info.inflate) == (form, padding, True)
+        assert (info.stem, info.pool_padding, info.inflate) == (stem, padding, True)
         assert info.mean == (0.45, 0.45, 0.45)
-    load_pretrained(i3d_tiny("bn", 5, form="8x8", pool_padding=1), dest)
+    load_pretrained(i3d_tiny("bn", 5, stem="8x8", pool_padding=1), dest)
     with pytest.raises(ValueError, match=r"model\.pool_padding=0 where the weights need 1"):
-        load_pretrained(i3d_tiny("bn", 5, form="8x8"), dest)
+        load_pretrained(i3d_tiny("bn", 5, stem="8x8"), dest)
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["{pickle}", "{dest}"], "os.system, refused"),
-        (["{plain}", "{dest}", "--form", "8x8"], "is an image network"),
+        (["{plain}", "{dest}", "--stem", "8x8"], "is an image network"),
         (["{plain}", "{dest}", "--pool-padding", "0"], "is an image network"),
         (["{plain}", "{dest}", "--std", "0.2", "0", "0.2"], "a deviation is more than 0"),
         (["{plain}", "{folder}"], "cannot be written"),

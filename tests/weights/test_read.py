@@ -145,9 +145,9 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
     assert weights.info.spatial_dims == spatial_dims
     assert weights.info.mean == (0.45, 0.45, 0.45)
     # Models of 32 frames and of 8 have the same names, those of PySlowFast too.
-    assert (weights.info.form, weights.info.pool_padding) == (None, None)
+    assert (weights.info.stem, weights.info.pool_padding) == (None, None)
     if spatial_dims == 3:
-        ours = I3D(SHALLOW, norm="bn", num_classes=7, form="8x8", pool_padding=1)
+        ours = I3D(SHALLOW, norm="bn", num_classes=7, stem="8x8", pool_padding=1)
         load_pretrained(ours, path)
         assert torch.equal(ours.res4[0].norm1.running_var, original.res4[0].norm1.running_var)
     wanted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -205,32 +205,32 @@ TO_MMACTION2 = (
 
 
 @pytest.mark.parametrize(
-    ("rules", "wrapper", "form", "mean"),
+    ("rules", "wrapper", "stem", "mean"),
     [
         (TO_PYSLOWFAST, "model_state", "8x8", (0.45, 0.45, 0.45)),
         (TO_MMACTION2, "state_dict", "mmaction2", IMAGENET[0]),
     ],
 )
-def test_pyslowfast_and_mmaction2(rules, wrapper, form, mean, randomised, tmp_path):
-    original = randomised(I3D(SHALLOW, norm="bn", num_classes=7, form=form, pool_padding=1))
+def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean, randomised, tmp_path):
+    original = randomised(I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1))
     state = renamed(original.state_dict(), *rules)
     assert not any("norm" in name or "res2." in name for name in state)
     torch.save({wrapper: state, "meta": {"epoch": 1}}, tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
     assert weights.info.mean == mean
-    ours = I3D(SHALLOW, norm="bn", num_classes=7, form=form, pool_padding=1)
+    ours = I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1)
     report, info = load_pretrained(ours, weights)
     assert not report.left_at_init
-    assert info.form == form
+    assert info.stem == stem
     assert all(torch.equal(a, b) for a, b in zip(
         ours.state_dict().values(), original.state_dict().values(), strict=True
     ))  # fmt: skip
-    with pytest.raises(ValueError, match=f"form=long where the weights need {form}"):
+    with pytest.raises(ValueError, match=f"stem=strided where the weights need {stem}"):
         load_pretrained(I3D(SHALLOW, norm="bn", num_classes=7, pool_padding=1), weights)
 
 
 def test_mmaction2_pools_as_its_backbone_does():
-    pool = I3D(SHALLOW, form="mmaction2", pool_padding=1).pool1
+    pool = I3D(SHALLOW, stem="mmaction2", pool_padding=1).pool1
     assert (pool.kernel_size, pool.stride, pool.padding) == ((1, 3, 3), (2, 2, 2), (0, 1, 1))
 
 
@@ -239,8 +239,8 @@ def test_out_to_pytorchvideo(randomised, tmp_path):
     from pytorchvideo.models.hub import i3d_r50
 
     torch.manual_seed(0)
-    ours = randomised(i3d_resnet50("bn", form="8x8", pool_padding=1))
-    info = WeightsInfo("i3d_gn", 3, "bn", form="8x8", pool_padding=1)
+    ours = randomised(i3d_resnet50("bn", stem="8x8", pool_padding=1))
+    info = WeightsInfo("i3d_gn", 3, "bn", stem="8x8", pool_padding=1)
     path = tmp_path / "w.safetensors"
     write_weights(path, Weights(ours.state_dict(), info), naming="pytorchvideo")
     theirs = i3d_r50(pretrained=False).eval()
@@ -312,7 +312,7 @@ def test_torchvision_s_weights_are_had_by_name_and_checked(published, monkeypatc
 
 def test_pytorchvideo_s_zoo_is_had_by_name(published, monkeypatch):
     folder, address = published
-    network = I3D(SHALLOW, norm="bn", form="8x8", pool_padding=1)
+    network = I3D(SHALLOW, norm="bn", stem="8x8", pool_padding=1)
     state = export_names(network.state_dict(), "pytorchvideo")
     torch.save({"model_state": state}, folder / "I3D_8x8_R50.pyth")
     with warnings.catch_warnings():
@@ -320,7 +320,7 @@ def test_pytorchvideo_s_zoo_is_had_by_name(published, monkeypatch):
         from pytorchvideo.models.hub.resnet import checkpoint_paths
     monkeypatch.setitem(checkpoint_paths, "i3d_r50", f"{address}/I3D_8x8_R50.pyth")
     weights = read_weights("pytorchvideo/i3d_r50")
-    assert (weights.info.form, weights.info.pool_padding, weights.info.mean) == (
+    assert (weights.info.stem, weights.info.pool_padding, weights.info.mean) == (
         "8x8", 1, (0.45, 0.45, 0.45)
     )  # fmt: skip
     assert torch.equal(weights.tensors["res5.0.conv2.weight"], network.res5[0].conv2.weight)
