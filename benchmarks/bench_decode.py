@@ -1,17 +1,17 @@
-"""Time to have the frames of a clip, ours against other decoders, and whether they are right.
+"""Time to decode the frames of a clip, compared with other decoders, and their correctness.
 
     python benchmarks/bench_decode.py [--quick] [--json PATH] [--markdown PATH]
 
-Protocol: each decoder lives in a process of its own, all held to the same core, and one process
-works at a time. The same jobs (video, start, scale, crop, flip) go round all decoders before the
-next job, so that a noisy neighbour hits all alike. Reported is the median over the jobs, after one
-warm-up job. ``wrong`` counts returned frames that look less like the frame asked for than like a
-neighbour of it in a sequential decode. ``peak`` is the memory a decoder's process needed beyond
-what it held before the case. ``tuned`` repeats the case with glibc told to keep freed memory
-(MALLOC_MMAP_MAX_=0 and large trim threshold and top pad), alike for all.
+Protocol: each decoder has its own process; all are pinned to the same core, and only one works at
+a time. Each job (video, start, scale, crop, flip) is run by all decoders before the next job, so
+that other load on the machine affects all alike. Times are medians over the jobs, after one warm-up
+job. `wrong` counts returned frames that are less similar to the requested frame than to one of its
+neighbors in a sequential decode. `peak` is the memory that the process of a decoder needed beyond
+what it held before the case. `tuned` repeats the case with glibc keeping freed memory
+(MALLOC_MMAP_MAX_=0, large trim threshold and top pad), for all decoders.
 
-Decoders that are not installed are left out, and named. OpenCV, which is no dependency, may be
-put on PYTHONPATH.
+Decoders that are not installed are skipped, with a message. OpenCV, which is not a dependency, can
+be provided on PYTHONPATH.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TUNED_ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
-# Name: frames, height, width, options of x264.
+# Name: frames, height, width, x264 options.
 GENERATED: dict[str, tuple[int, int, int, dict[str, str]]] = {
     "340x256 gop12": (300, 256, 340, {"g": "12"}),
     "340x256 gop250": (300, 256, 340, {"g": "250"}),
@@ -44,7 +44,7 @@ GENERATED: dict[str, tuple[int, int, int, dict[str, str]]] = {
     "1280x720 gop12": (300, 720, 1280, {"g": "12"}),
     "1280x720 gop250": (300, 720, 1280, {"g": "250"}),
 }
-# File and work of a quick run, and the number of jobs.
+# File and workload of a quick run, and the number of jobs.
 QUICK_FRAMES = 160
 QUICK = {
     ("340x256 gop250", "32x2 clip"): 5,
@@ -57,7 +57,7 @@ WORK = {"32x2 clip": (0, 32, 2), "64x1 clip": (0, 64, 1), "10-clip test": (10, 3
 
 
 def generate_video(path: Path, num_frames: int, height: int, width: int, options: dict) -> None:
-    """A textured scene that pans and zooms, with things that move in it, as H.264."""
+    """Write an H.264 video of a panning textured scene with a moving object."""
     import av
 
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def generate_video(path: Path, num_frames: int, height: int, width: int, options
 
 
 def make_jobs(paths: list[Path], work: str, count: int) -> list[Job]:
-    """The same jobs for every decoder, a function of the file names alone."""
+    """Jobs that depend only on `paths`, `work` and `count`, the same for every decoder."""
     from i3d_gn.data.clips import clip_indices, random_start, spaced_starts
     from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
     from i3d_gn.video_io.decode import probe_video
@@ -132,7 +132,7 @@ def make_jobs(paths: list[Path], work: str, count: int) -> list[Job]:
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:
-    """Means over 16 x 16 pixels: enough to tell frames apart, whatever the resize filter."""
+    """Means over 16x16 pixels: enough to tell frames apart for any resize filter."""
     frames = np.asarray(frames)
     height, width = (n // 16 * 16 for n in frames.shape[1:3])
     blocks = frames[:, :height, :width].reshape(len(frames), height // 16, 16, width // 16, 16, 3)
@@ -140,7 +140,7 @@ def thumbnails(frames: np.ndarray) -> np.ndarray:
 
 
 def sequential_thumbnails(job: Job) -> np.ndarray:
-    """Thumbnails of all frames by a plain sequential decode."""
+    """Thumbnails of all frames from a sequential decode."""
     import av
 
     height, width = job.resize
@@ -155,7 +155,7 @@ def sequential_thumbnails(job: Job) -> np.ndarray:
 
 
 def count_wrong(job: Job, got: list[np.ndarray], truth: np.ndarray) -> int:
-    """Frames that are nearer to another frame of the video than to the one asked for."""
+    """Number of frames that are closer to another frame of the video than to the requested one."""
     wrong = 0
     for indices, clip in zip(job.clips, got, strict=True):
         if len(clip) != len(indices):
@@ -166,15 +166,15 @@ def count_wrong(job: Job, got: list[np.ndarray], truth: np.ndarray) -> int:
         for index, thumbnail in zip(indices, unbiased, strict=True):
             near = truth[max(0, index - 12) : index + 13]
             distances = np.abs(near - thumbnail).mean((1, 2, 3))
-            # A still scene has frames that cannot be told apart by their thumbnails.
+            # Thumbnails of a still scene are too similar to tell apart.
             wrong += distances.min() + 0.05 < distances[min(index, 12)]
     return wrong
 
 
 def serve(name: str, connection) -> None:
-    """The process of one decoder: answer jobs until told to stop."""
+    """The process of one decoder: run jobs until `None` is received."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core holds all to one thread
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core enforces a single thread
     try:
         run = PEERS[name]()
         if "torch" in sys.modules:
@@ -184,12 +184,12 @@ def serve(name: str, connection) -> None:
         return
     connection.send(None)
     baseline = 0
-    while (order := connection.recv()) is not None:
-        job, wants_thumbnails, is_new_case = order
+    while (request := connection.recv()) is not None:
+        job, wants_thumbnails, is_new_case = request
         if is_new_case:
             baseline = memory_kilobytes("VmRSS")
             with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+                Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         started = time.perf_counter()
         clips = run(job)
         milliseconds = 1e3 * (time.perf_counter() - started)
@@ -208,7 +208,7 @@ def memory_kilobytes(field: str, process: int | str = "self") -> int:
 
 @contextlib.contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables that hold for the processes started inside."""
+    """Set environment variables for processes started in the block."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -219,7 +219,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 class Server:
-    """A decoder in its own process."""
+    """A decoder in a process of its own."""
 
     def __init__(self, name: str, variables: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -229,15 +229,15 @@ class Server:
             self._process.start()
         far_end.close()
 
-    def why_missing(self) -> str | None:
-        """Why the decoder cannot be used, or ``None``; to be asked once."""
+    def unavailable_reason(self) -> str | None:
+        """Why the decoder cannot be used, or `None`; call this once."""
         try:
             return self.connection.recv()
         except EOFError:
             return "its process died"
 
-    def ask(self, job: Job, *, wants_thumbnails: bool, is_new_case: bool):
-        """Milliseconds, peak memory in MB, and thumbnails of the clips if wanted."""
+    def run(self, job: Job, *, wants_thumbnails: bool, is_new_case: bool):
+        """Milliseconds, peak memory in MB, and thumbnails of the clips if requested."""
         self.connection.send((job, wants_thumbnails, is_new_case))
         return self.connection.recv()
 
@@ -249,14 +249,14 @@ class Server:
 
 
 def run_case(servers: dict[str, Server], jobs: list[Job]) -> dict[str, dict]:
-    """Each job by each decoder in turn; the first job, also checked, warms up."""
+    """Run each job on each decoder in turn, after a warm-up with the first job."""
     times: dict[str, list[float]] = {name: [] for name in servers}
     wrong = dict.fromkeys(servers, 0)
     peaks = dict.fromkeys(servers, 0.0)
     truths: dict[tuple, np.ndarray] = {}
     for number, job in enumerate([jobs[0], *jobs]):
         for name, server in servers.items():
-            milliseconds, peak, shown = server.ask(
+            milliseconds, peak, shown = server.run(
                 job, wants_thumbnails=number > 0, is_new_case=number == 0
             )
             if number == 0:
@@ -279,12 +279,12 @@ def run_case(servers: dict[str, Server], jobs: list[Job]) -> dict[str, dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table per case; the last column is the peer's time over ours."""
+    """One table per case; the last column is the time relative to `i3d_gn`."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
         ours = next(row["ms"] for row in mine if row["peer"] == "i3d_gn")
-        lines += [f"\n### {case}\n", "| decoder | ms | wrong | peak MB | over ours |"]
+        lines += [f"\n### {case}\n", "| decoder | ms | wrong | peak MB | relative |"]
         lines.append("|---|---|---|---|---|")
         for row in sorted(mine, key=lambda row: row["ms"]):
             lines.append(
@@ -309,8 +309,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two files, 5 jobs, no tuned allocator"
     )
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     parser.add_argument("--repeats", type=int, default=5, help="jobs per case")
     arguments = parser.parse_args()
 
@@ -337,8 +337,8 @@ def main() -> None:
                     more["LD_LIBRARY_PATH"] = library_path_for_torchcodec()
                 servers[peer] = Server(peer, more)
             for peer in list(servers):
-                if why := servers[peer].why_missing():
-                    print(f"{peer} is left out: {why}")
+                if reason := servers[peer].unavailable_reason():
+                    print(f"{peer} is skipped: {reason}")
                     del servers[peer]
             for name, paths in videos.items():
                 for work in WORK:

@@ -1,13 +1,13 @@
-"""Clips per second of a whole loader, ours against others, and how well workers scale.
+"""Time per clip of a whole loader, compared with other decoders, and scaling with workers.
 
     python benchmarks/bench_loader.py [--quick] [--json PATH] [--workers N]
 
 Protocol: training clips of 32 frames at stride 2 (short side 256 to 320, crop 224) in batches of 4,
-decoded by one process without workers, then by a `torch.utils.data.DataLoader` with N workers, each
-on one thread. Ours is the package's own dataset and loader. A peer is its decoder, used as in
-`decode_peers.py`, in the dataset that its user would write. All take their turn in each repeat;
-figures are medians over the repeats. `ms` is per clip; `scaling` is the loader's rate over N times
-the rate of one process. `peak_mb` is the largest resident memory of one process among the workers.
+decoded in one process without workers, then by a `torch.utils.data.DataLoader` with N workers, each
+on one thread. `i3d_gn` is the package's own dataset and loader; the others are a minimal dataset
+around the decoders of `decode_peers.py`. All take turns in each repeat; times are medians over the
+repeats. `scaling` is the rate of the loader divided by N times the rate of one process. `peak_mb`
+is the largest peak resident memory of a worker.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from decode_peers import PEERS, Job, library_path_for_torchcodec
 from torch.utils.data import DataLoader, Dataset
 
 from i3d_gn.data.batches import Stream
-from i3d_gn.data.loader import clip_loader
+from i3d_gn.data.loader import batch_loader
 from i3d_gn.data.samplers import ShuffledMicroBatches
 from i3d_gn.data.videos import RandomClips
 from i3d_gn.video_io.decode import probe_video
@@ -36,7 +36,7 @@ BATCH = 4
 
 
 class PeerClips(Dataset):
-    """The clips of some jobs, by one decoder."""
+    """The clips of `jobs`, from one decoder."""
 
     def __init__(self, peer: str, jobs: list[Job]) -> None:
         self.peer = peer
@@ -68,7 +68,7 @@ def make_index(folder: Path, videos: list[Path]) -> VideoIndex:
 
 
 def loader_of(peer: str, index: VideoIndex, jobs: list[Job], *, workers: int, repeat: int):
-    """Batches of the same number of clips, by the peer's loader."""
+    """The same number of batches, from the loader of `peer`."""
     if peer != "i3d_gn":
         return DataLoader(PeerClips(peer, jobs), batch_size=BATCH, num_workers=workers)
     clips = RandomClips(
@@ -79,11 +79,11 @@ def loader_of(peer: str, index: VideoIndex, jobs: list[Job], *, workers: int, re
         len(index), seed=repeat, global_batch_size=BATCH, clips_per_gpu=BATCH, rank=0,
         world_size=1, first_step=0, last_step=len(jobs) // BATCH,
     )  # fmt: skip
-    return clip_loader(clips, order, num_workers=workers, pin_memory=False)
+    return batch_loader(clips, order, num_workers=workers, pin_memory=False)
 
 
 def measure(loader, *, skip: int) -> tuple[float, float | None]:
-    """Milliseconds per clip from the arrival of batch `skip` on, and a worker's peak memory, MB."""
+    """Milliseconds per clip after batch `skip`, and the peak memory of a worker in MB."""
     started, clips, peak = 0.0, 0, None
     batches = iter(loader)
     workers = [worker.pid for worker in getattr(batches, "_workers", [])]
@@ -101,10 +101,10 @@ def measure(loader, *, skip: int) -> tuple[float, float | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer peers, clips and repeats")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    if "FFMPEG_OF_PYAV" not in os.environ:  # the loader of libraries reads it at start alone
+    if "FFMPEG_OF_PYAV" not in os.environ:  # LD_LIBRARY_PATH is read at process start only
         path = library_path_for_torchcodec()
         environment = {**os.environ, "LD_LIBRARY_PATH": path, "FFMPEG_OF_PYAV": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
@@ -125,12 +125,12 @@ def main() -> None:
             for peer in list(peers):
                 for workers in (0, arguments.workers):
                     loader = loader_of(peer, index, jobs, workers=workers, repeat=repeat)
-                    # Workers start with their prefetched batches; let those pass.
+                    # Skip the batches that workers prefetch at start.
                     skip = 2 * workers if workers else 0
                     try:
                         milliseconds, peak = measure(loader, skip=skip)
                     except (ImportError, OSError, RuntimeError) as error:
-                        print(f"{peer} is left out: {str(error).splitlines()[0]}")
+                        print(f"{peer} is skipped: {str(error).splitlines()[0]}")
                         peers.remove(peer)
                         break
                     times.setdefault((peer, workers), []).append(milliseconds)

@@ -1,10 +1,10 @@
-"""Training clips a second from tar shards against loose files, in one process on one thread.
+"""Time per training clip from tar shards compared with separate files, on one thread.
 
     python benchmarks/bench_shards.py INDEX [--clips 200]
 
-Protocol: INDEX (of loose videos) is packed into shards in a temporary folder. Clips of 32 frames at
-stride 2, crop 224, are cut from both in turn, the same ones, after one warm-up of each video; all
-files are then in the page cache, so that what is compared is the work, not the disk.
+Protocol: the videos of INDEX, separate files, are packed into shards in a temporary folder. The
+same clips of 32 frames at stride 2, crop 224, are decoded from both in turn, after a warm-up with
+each video. All files are then in the page cache: the comparison does not depend on the disk.
 """
 
 import argparse
@@ -28,20 +28,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         packed = ["--shard-mib", "256", "--workers", "1"]
         assert pack_shards.main([str(arguments.index), folder, *packed]) == 0
-        loose = clips_of(arguments.index)
+        separate = clips_of(arguments.index)
         shards = clips_of(Path(folder, "index.parquet"))
-        seconds = {"loose files": [], "shards": []}
-        for position in range(-len(loose), arguments.clips):
-            sample = Sample(abs(position), position % len(loose))
-            for name, clips in (("loose files", loose), ("shards", shards)):
+        seconds = {"separate files": [], "shards": []}
+        for position in range(-len(separate), arguments.clips):
+            sample = Sample(abs(position), position % len(separate))
+            for name, clips in (("separate files", separate), ("shards", shards)):
                 started = time.perf_counter()
                 assert not clips[[sample]].broken
                 if position >= 0:
                     seconds[name].append(time.perf_counter() - started)
     for name, values in seconds.items():
-        print(f"{name}: median {1000 * statistics.median(values):.2f} ms a clip")
+        print(f"{name}: median {1000 * statistics.median(values):.2f} ms per clip")
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"shards / loose files: {statistics.median(ratios):.3f} (median over clips)")
+    print(f"shards / separate files: {statistics.median(ratios):.3f} (median over clips)")
     return 0
 
 

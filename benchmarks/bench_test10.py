@@ -1,16 +1,16 @@
-"""10-clip testing from file to scores: decoding overlaps with the network, each frame decoded once.
+"""10-clip testing from file to scores: decoding overlaps with the network.
 
     python benchmarks/bench_test10.py [--quick] [--json PATH]
 
 Protocol: videos of 300 frames are tested with 10 clips of 32 frames at stride 2, whole frames of
 short side 256, by the package's own `score_video` and a network small enough for a CPU (i3d_tiny).
-For each decoder three times are taken, per video: `decode` alone in one process, `network` alone on
-frames that are there already, and `whole`: a `DataLoader` with one worker that decodes while the
-network runs, the package's own dataset for ours and for a peer its decoder in the dataset that its
-user would write (pytorchvideo decodes clip by clip; the others each frame once). One thread per
-process. Decoders take turns in each repeat; figures are medians. If decoding and network overlap,
-`whole` is the larger of the two, and the waiting share, the part of `whole` that the network waits
-for frames, is what decoding takes longer.
+Three times per video are measured for each decoder: `decode` alone in one process, `network` alone
+on decoded frames, and `whole`: a `DataLoader` with one worker that decodes while the network runs,
+with the package's own dataset for `i3d_gn`, and with a minimal dataset around its decoder for the
+others (pytorchvideo decodes clip by clip; the others decode each frame once). One thread per
+process. Decoders take turns in each repeat; times are medians. If decoding and network overlap,
+`whole` is the larger of the two. `waiting` is the fraction of `whole` in which the network waits
+for frames.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from decode_peers import PEERS, Job, library_path_for_torchcodec
 from torch.utils.data import DataLoader, Dataset
 
 from i3d_gn.data.loader import video_loader
-from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import TestVideo, TestVideos
 from i3d_gn.models import i3d_tiny
 from i3d_gn.video.multi_clip import score_video
@@ -40,7 +40,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PeerVideos(Dataset):
-    """Test videos as a peer's user would have them: the clips one after the other."""
+    """Test videos from another decoder, with the clips one after the other."""
 
     def __init__(self, peer: str, job: Job, count: int) -> None:
         self.peer = peer
@@ -74,16 +74,16 @@ def dataset_of(peer: str, index, jobs: list[Job], count: int) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, fewer peers and repeats")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    if "FFMPEG_OF_PYAV" not in os.environ:  # the loader of libraries reads it at start alone
+    if "FFMPEG_OF_PYAV" not in os.environ:  # LD_LIBRARY_PATH is read at process start only
         path = library_path_for_torchcodec()
         environment = {**os.environ, "LD_LIBRARY_PATH": path, "FFMPEG_OF_PYAV": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = i3d_tiny(num_classes=400).eval()
-    to_device = DeviceClips(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
+    to_device = ToDevice(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
 
     def score(video: TestVideo) -> None:
         score_video(
@@ -114,13 +114,13 @@ def main() -> None:
                     try:
                         measured = measure(peer, videos, score, count)
                     except (ImportError, OSError, RuntimeError) as error:
-                        print(f"{peer} is left out: {str(error).splitlines()[0]}")
+                        print(f"{peer} is skipped: {str(error).splitlines()[0]}")
                         peers.remove(peer)
                         continue
                     peaks[peer] = measured.pop("peak_mb")
                     for part, seconds in measured.items():
                         times.setdefault((peer, part), []).append(1e3 * seconds)
-        print(f"\n### {size}\n\n| decoder | decode | network | whole | waiting | over ours |")
+        print(f"\n### {size}\n\n| decoder | decode | network | whole | waiting | relative |")
         print("|---|---|---|---|---|---|")
         medians = {key: statistics.median(values) for key, values in times.items()}
         for peer in peers:
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def measure(peer: str, videos: Dataset, score, count: int) -> dict[str, float]:
-    """Seconds per video of each part, and the worker's peak memory in MB."""
+    """Seconds per video of each part, and the peak memory of the worker in MB."""
     first = videos[0]
     started = time.perf_counter()
     for number in range(count):
@@ -163,7 +163,7 @@ def measure(peer: str, videos: Dataset, score, count: int) -> dict[str, float]:
         else DataLoader(videos, batch_size=None, num_workers=1)
     )
     batches = iter(loader)
-    score(next(batches))  # the worker's start is not the video's time
+    score(next(batches))  # exclude the start of the worker
     waited = 0.0
     started = time.perf_counter()
     for _ in range(count - 1):

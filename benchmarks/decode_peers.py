@@ -1,9 +1,9 @@
-"""One function per decoder: the same clip, from a file to uint8 (or float) frames cut to size.
+"""One function per decoder: the same clip, from a file to resized and cropped frames.
 
-Every peer is used as its documentation has it used by a careful user: one thread, seeking and
-resizing of its own where it has them, buffers reused where it takes any. None normalises, for that
-happens on the device.
-Each function takes a ``Job`` and returns the frames of each clip, ``(T, H, W, 3)``.
+Every decoder is used as its documentation recommends: on one thread, with its own seeking and
+resizing where available, and with reused buffers where it accepts any. None normalizes, which is
+done on the device. Each function returns a function that takes a `Job` and returns the frames of
+each clip, uint8 (float for pytorchvideo) `(T, H, W, 3)`.
 """
 
 import math
@@ -20,10 +20,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Job:
-    """Clips of one video, and what to cut from their frames.
+    """Clips of one video, and how to resize and crop them.
 
-    ``clips`` holds frame indices ``(num_clips, num_frames)``; ``resize`` and ``crop`` are
-    ``(height, width)`` and ``(top, left, height, width)``.
+    Attributes:
+        path: The video file.
+        fps: Its frame rate.
+        clips: Frame indices `(num_clips, num_frames)`.
+        resize: `(height, width)` to resize frames to, in pixels.
+        crop: `(top, left, height, width)` in the resized frame, in pixels.
+        flip: Whether to flip frames left to right.
     """
 
     path: str
@@ -38,7 +43,7 @@ Decoder = Callable[[Job], Sequence | np.ndarray]
 
 
 def cut(frames, job: Job):
-    """Crop and flip frames ``(T, H, W, 3)`` as a view, or as near to one as the array allows."""
+    """Crop and flip frames `(T, H, W, 3)`, as a view where possible."""
     top, left, height, width = job.crop
     frames = frames[:, top : top + height, left : left + width]
     if not job.flip:
@@ -50,7 +55,7 @@ _buffers: dict[str, np.ndarray] = {}
 
 
 def reused(use: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The same memory for the same use, as a loader would have it, whatever the size of a video."""
+    """A buffer for `use`, reused between calls as in a loader."""
     size = math.prod(shape)
     if use not in _buffers or len(_buffers[use]) < size:
         _buffers[use] = np.empty(size, dtype=np.uint8)
@@ -58,7 +63,7 @@ def reused(use: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def gather(decoded: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The clips ``(num_clips, T, H, W, 3)`` that these rows of the decoded frames make up."""
+    """The clips `(num_clips, T, H, W, 3)`, taken from rows of the decoded frames."""
     if len(rows) == 1:
         return decoded[None]
     out = reused("clips", (*rows.shape, *decoded.shape[1:]))
@@ -108,8 +113,8 @@ def pyav() -> Decoder:
 
 
 def torchcodec() -> Decoder:
-    """Exact seeking, resizing inside the decoder, each frame decoded once."""
-    import av  # loads the FFmpeg that torchcodec is made to find  # noqa: F401
+    """Exact seeking, resizing in the decoder, each frame decoded once."""
+    import av  # loads the FFmpeg that torchcodec uses  # noqa: F401
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
     from torchcodec.transforms import Resize  # pyright: ignore[reportPrivateImportUsage]
 
@@ -125,7 +130,7 @@ def torchcodec() -> Decoder:
 
 
 def decord() -> Decoder:
-    """Resizing inside the decoder, each frame decoded once."""
+    """Resizing in the decoder, each frame decoded once."""
     from decord import VideoReader, cpu
 
     def run(job: Job) -> Sequence | np.ndarray:
@@ -139,7 +144,7 @@ def decord() -> Decoder:
 
 
 def opencv() -> Decoder:
-    """Seek to the first frame, grab on, retrieve what is wanted."""
+    """Seek to the first frame, grab all frames, retrieve the requested ones."""
     import cv2  # pyright: ignore[reportMissingImports]
 
     cv2.setNumThreads(1)
@@ -165,7 +170,7 @@ def opencv() -> Decoder:
 
 
 def _pytorchvideo(decoder: str) -> Decoder:
-    """Clip by clip, in float32 as its API returns them; resized as its short_side_scale does."""
+    """Clip by clip, in float32 as its API returns them; resized as in its short_side_scale."""
     import torch
     from pytorchvideo.data.encoded_video import EncodedVideo
 
@@ -176,7 +181,7 @@ def _pytorchvideo(decoder: str) -> Decoder:
         video = EncodedVideo.from_path(job.path, decode_audio=False, decoder=decoder)
         clips = []
         for indices in job.clips:
-            # A clip that loops is asked for in two parts, as its API knows no looping.
+            # A looping clip is requested in parts, as its API has no looping.
             parts = np.split(indices, np.flatnonzero(np.diff(indices) < 0) + 1)
             frames = []
             for part in parts:
@@ -210,9 +215,9 @@ PEERS = {
 
 
 def library_path_for_torchcodec() -> str:
-    """A folder where torchcodec finds FFmpeg: the libraries that PyAV brings, by their plain names.
+    """LD_LIBRARY_PATH with which torchcodec, which bundles no FFmpeg, finds that of PyAV.
 
-    torchcodec brings none of its own. So both run on the same FFmpeg.
+    The libraries in PyAV's wheel have hashes in their names; this makes links without them.
     """
     import av
 

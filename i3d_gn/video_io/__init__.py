@@ -1,1 +1,1 @@
-"""Frames of videos by index, and the index of a data set; no torch."""
+"""Frames of videos by index, and the index of a dataset. Does not import torch."""

@@ -1,15 +1,15 @@
-"""The spatial part of a sample as plain numbers, shared by transforms and decoding."""
+"""Resize, crop and flip of a sample as plain numbers, shared by transforms and decoding."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class CropPlan:
-    """Resize a frame, take a window of it, then perhaps flip it left to right.
+    """Resize a frame, crop a window, then optionally flip it left to right.
 
     ::
 
-        frame ──resize──> resize_height × resize_width ──crop──> height × width ──flip──>
+        frame --resize--> resize_height x resize_width --crop--> height x width --flip-->
 
                    left   left + width
                      v      v
@@ -21,10 +21,10 @@ class CropPlan:
               +---------------------+
                    resize_width
 
-    One plan serves all frames of a clip, so that the jitter is the same over its time.
+    One plan applies to all frames of a clip, so that the jitter is constant over time.
 
     Raises:
-        ValueError: the window is empty or leaves the resized frame.
+        ValueError: The window is empty or leaves the resized frame.
     """
 
     resize_height: int

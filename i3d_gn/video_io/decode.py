@@ -1,9 +1,9 @@
-"""Reading videos: what a file holds, and its frames by index.
+"""Reading videos: properties of a file, and its frames by index.
 
-Frames are numbered in presentation order, as a full sequential decode yields them: edit lists are
-respected, rotation in quarter turns is applied. Pixels are as stored otherwise: neither
-anamorphic pixels are squared nor interlaced frames deinterlaced. Every function opens the file,
-uses one thread and leaves nothing open, so that each can be called in any worker process.
+Frames are numbered in presentation order, as a full sequential decode yields them. Edit lists are
+respected, and rotation by multiples of 90 degrees is applied. Pixels are otherwise as stored: the
+sample aspect ratio is ignored and interlaced frames are not deinterlaced. Every function opens the
+file, uses one thread and leaves nothing open, so that it can be called in any worker process.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ Backend = Literal["pyav", "decord"]
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds; height and width are of the upright frame, in pixels."""
+    """Properties of a video; height and width are those of the upright frame, in pixels."""
 
     num_frames: int
     fps: float
@@ -49,14 +49,14 @@ class VideoInfo:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Number of frames, rate and size of the first video stream, from one pass over its packets.
+    """Number of frames, frame rate and size of the first video stream.
 
-    Only the first frame is decoded. Where packets do not number the frames (MPEG-TS, AVI, fields
-    in packets of their own, ...) all are. A file that breaks off in the middle of a frame is not
-    found out here but by :func:`count_decodable_frames`.
+    Reads all packets and decodes the first frame only, or all frames where packets do not
+    correspond to frames (MPEG-TS, AVI, interlaced fields in separate packets, ...). A file that is
+    truncated in the middle of a frame is detected by `count_decodable_frames` and not here.
 
     Raises:
-        VideoDecodeError: no readable video stream, or nothing in it can be decoded.
+        VideoDecodeError: There is no readable video stream, or none of its frames can be decoded.
     """
     with open_video(path) as (container, stream):
         table, _ = demux_video(path, container, stream, keep=False)
@@ -71,12 +71,13 @@ def probe_video(path: str | Path) -> VideoInfo:
         transpose = orientation_of(frame).transpose
         width, height = frame.width, frame.height
         pts = table.frame_pts
-        if table.doubt is None and not frame.interlaced_frame:
+        if table.fallback_reason is None and not frame.interlaced_frame:
             num_frames = table.num_frames
         else:
             num_frames = 1 + sum(1 for _ in _until_broken(frames))
         time_base = stream.time_base
-    # From the first timestamp to the last, and the last frame's own time: the mean of the others.
+    # From the first timestamp to the last, plus the duration of the last frame, for which the mean
+    # duration of the others stands in.
     seconds = float((pts.max() - pts.min()) * time_base) if len(pts) > 1 and time_base else 0.0
     seconds *= len(pts) / max(1, len(pts) - 1)
     fps = float(rate) if rate else (num_frames / seconds if seconds else 0.0)
@@ -91,10 +92,10 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def count_decodable_frames(path: str | Path) -> int:
-    """Frames that a full decode yields, up to the end or to where the file breaks off.
+    """Number of frames that a full decode yields, up to the end or to the first decoding error.
 
     Raises:
-        VideoDecodeError: no readable video stream, or nothing in it can be decoded.
+        VideoDecodeError: There is no readable video stream, or none of its frames can be decoded.
     """
     with open_video(path) as (_, stream):
         frames = sequential_frames(path, stream)
@@ -111,36 +112,36 @@ def decode_frames(
     backend: Backend = "pyav",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The frames with these indices, in presentation order, resized and cropped.
+    """Decode the frames with the given indices, resized and cropped.
 
-    Each frame is decoded once, however often it is asked for.
+    Each frame is decoded once, however often its index occurs.
 
-    A plan is carried out in one pass on the decoder's YUV planes: crop, bilinear scaling (with the
-    filter widened when it shrinks), conversion to RGB. Against torchvision's
-    ``resize(antialias=True)`` of the RGB frame and a crop of that, on Kinetics clips with the
-    training augmentation, the mean absolute difference is 0.8 of 255 (up to 3 in a video that is
-    grainy and of saturated colours). The mean difference is below 0.1, but about 1 where the window
-    holds the last row of an odd number of rows, and for pixels other than 8-bit 4:2:0. A plan that
-    does not scale differs in nothing. decord scales into RGB: mean absolute difference 1.2, mean
-    difference about 1 either way.
+    A plan is applied in one pass on the decoder's YUV planes: crop, bilinear scaling (with a wider
+    filter when shrinking), conversion to RGB. Compared with torchvision's `resize(antialias=True)`
+    of the RGB frame followed by a crop, on Kinetics clips with the training augmentation, the mean
+    absolute difference is 0.8 of 255 (up to 3 for a grainy video with saturated colors). The mean
+    signed difference is below 0.1, but about 1 where the window includes the last row of an odd
+    number of rows, and for pixel formats other than 8-bit 4:2:0. A plan that does not scale is
+    exact. decord scales straight into RGB: mean absolute difference 1.2, mean signed difference
+    about 1 in either direction.
 
     Args:
-        path: of the video file.
-        indices: frame numbers in any order, repeats allowed.
-        plan: resizing and crop in terms of the upright frame; ``None`` keeps the whole frame.
-            Resizing is bilinear, and antialiased when it shrinks.
-        backend: ``pyav``, or ``decord`` where its frames are verified to be the right ones
-            (otherwise ``pyav`` takes over, which is logged).
-        out: uint8 array of the result's shape to write to.
+        path: The video file.
+        indices: Frame numbers in presentation order, in any order, repeats allowed.
+        plan: Resize and crop, in terms of the upright frame; `None` returns whole frames. Resizing
+            is bilinear, and antialiased when shrinking.
+        backend: `"pyav"`, or `"decord"`, which is used only for files where its frames are known to
+            be correct; other files are decoded by PyAV, which is logged.
+        out: Array of dtype uint8 and the shape of the result, to write to.
 
     Returns:
-        uint8 RGB ``(len(indices), H, W, 3)``; ``out`` if it was given.
+        RGB frames, uint8 `(len(indices), H, W, 3)`; `out` if it was given.
 
     Raises:
-        VideoDecodeError: the file or one of the frames cannot be decoded, or the video has no
-            frame of that index. What ``out`` holds is then undefined.
-        ValueError: no indices, a negative one, ``out`` of another shape or type, or a backend that
-            is unknown or not installed.
+        VideoDecodeError: The file or one of the frames cannot be decoded, or an index is past the
+            end. The contents of `out` are then undefined.
+        ValueError: `indices` is empty, not integer or has a negative entry, `out` has the wrong
+            shape or dtype, or the backend is unknown or not installed.
     """
     wanted = np.asarray(indices)
     if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
@@ -162,7 +163,7 @@ def decode_frames(
 
 
 def _until_broken(frames):
-    """Pass frames on and end quietly where decoding fails."""
+    """Yield frames up to the first decoding error."""
     try:
         yield from frames
     except VideoDecodeError:

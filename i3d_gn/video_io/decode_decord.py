@@ -1,9 +1,9 @@
-"""Decoding with decord, where its frames are known to be the right ones.
+"""Decoding with decord, for files where its frames are known to be correct.
 
-decord 0.6 returns other frames than asked for on files with variable frame rate, edit lists, open
-GOPs and in MPEG-TS, and does not say so. Hence it is used only on files of none of these kinds,
-and only after its own frame count and timestamps have been found equal to the demuxed table.
-With a plan, decord scales whole frames, straight into RGB, which shifts colours by about one level.
+On files with a variable frame rate, edit lists or open GOPs, and on MPEG-TS, decord 0.6 returns
+frames other than those asked for, without an error. It is therefore used only on files of none of
+these kinds, and only if its frame count and timestamps equal those of the frame table. With a plan,
+decord scales whole frames straight into RGB, which shifts colors by about one level.
 """
 
 import logging
@@ -26,19 +26,19 @@ _TIMESTAMP_TOLERANCE_SECONDS = 1e-3
 def decode_frames_decord(
     path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """See :func:`i3d_gn.video_io.decode.decode_frames`; ``None`` (logged) where decord errs.
+    """See `decode_frames`; `None` if PyAV must decode this file, with the reason logged.
 
     Raises:
         ValueError: decord is not installed.
-        VideoDecodeError: as ``decode_frames``.
+        VideoDecodeError: As `decode_frames`.
     """
     try:
-        # Loaded only where it is wanted, for it brings an FFmpeg of its own.
+        # Imported only if used, as it loads an FFmpeg of its own.
         import decord  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(
-            f"backend decord cannot be used ({error}); pip install decord, which has wheels for "
-            "x86-64 alone, or use backend pyav"
+            f"backend decord is not available ({error}); pip install decord (wheels exist for "
+            "x86-64 only), or use backend pyav"
         ) from error
 
     with open_video(path) as (container, stream):
@@ -46,23 +46,23 @@ def decode_frames_decord(
         container_name = container.format.name
         time_base = float(stream.time_base or 0)
         has_b_frames = bool(stream.codec_context.has_b_frames)
-    doubt = table.doubt or _unsuitable(table, has_b_frames=has_b_frames)
-    if doubt is None:
+    reason = table.fallback_reason or _unsupported_timing(table, has_b_frames=has_b_frames)
+    if reason is None:
         if indices.max() >= table.num_frames:
             raise out_of_range(path, int(indices.max()), table.num_frames)
-        doubt = _unsuitable_frames(path, container_name)
-    if doubt is not None:
-        return _left_to_pyav(path, doubt)
+        reason = _unsupported_format(path, container_name)
+    if reason is not None:
+        return _fall_back_to_pyav(path, reason)
 
     size = {} if plan is None else {"width": plan.resize_width, "height": plan.resize_height}
-    unique, inverse = np.unique(indices, return_inverse=True)
+    unique, rows_of = np.unique(indices, return_inverse=True)
     try:
         reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1, **size)
         if not _same_timestamps(reader, (table.frame_pts - table.frame_pts[0]) * time_base):
-            return _left_to_pyav(path, "it numbers the frames otherwise")
+            return _fall_back_to_pyav(path, "decord numbers the frames differently")
         frames = reader.get_batch(unique.tolist()).asnumpy()
     except (decord.DECORDError, RuntimeError) as error:
-        return _left_to_pyav(path, f"it fails: {str(error).strip().splitlines()[-1]}")
+        return _fall_back_to_pyav(path, f"decord failed: {str(error).strip().splitlines()[-1]}")
     if plan is not None:
         rows = slice(plan.top, plan.top + plan.height)
         columns = slice(plan.left, plan.left + plan.width)
@@ -70,53 +70,53 @@ def decode_frames_decord(
         if plan.flip:
             frames = frames[:, :, ::-1]
     if out is None:
-        return np.ascontiguousarray(frames[inverse])
+        return np.ascontiguousarray(frames[rows_of])
     if out.shape != (len(indices), *frames.shape[1:]):
         raise ValueError(
             f"out has shape {out.shape}, the frames need {(len(indices), *frames.shape[1:])}"
         )
-    out[:] = frames[inverse]
+    out[:] = frames[rows_of]
     return out
 
 
-def _left_to_pyav(path: str | Path, why: str) -> None:
-    _log.info("%s: decoded with pyav instead of decord: %s", path, why)
+def _fall_back_to_pyav(path: str | Path, reason: str) -> None:
+    _log.info("%s: decoding with pyav instead of decord: %s", path, reason)
 
 
-def _unsuitable_frames(path: str | Path, container: str) -> str | None:
-    """Why decord would not return the frames as they are, as the first one tells, or ``None``."""
+def _unsupported_format(path: str | Path, container: str) -> str | None:
+    """Why decord would not return correct pixels, judging by the first frame, or `None`."""
     with open_video(path) as (_, stream):
         _, frame = next(sequential_frames(path, stream))
         kind = (container, stream.codec_context.codec.canonical_name, frame.format.name)
         if kind != ("mov,mp4,m4a,3gp,3g2,mj2", "h264", "yuv420p"):
-            return f"it is known to be right on 8-bit 4:2:0 H.264 in MP4 alone, not on {kind}"
+            return f"only 8-bit 4:2:0 H.264 in MP4 is known to decode correctly, not {kind}"
         if orientation_of(frame) != Orientation():
-            return "the frames are stored rotated"
+            return "frames are rotated or mirrored"
         if frame.interlaced_frame:
-            return "the frames are interlaced"
+            return "frames are interlaced"
     return None
 
 
-def _unsuitable(table: FrameTable, *, has_b_frames: bool) -> str | None:
-    """Why decord would return wrong frames, or ``None``."""
+def _unsupported_timing(table: FrameTable, *, has_b_frames: bool) -> str | None:
+    """Why decord would return wrong frames, or `None`."""
     if has_b_frames and np.all(np.diff(table.packet_frame) > 0):
-        return "its timestamps may not follow the order of its frames"
+        return "timestamps may not match the order of frames"
     if np.any(table.packet_frame < 0):
         return "an edit list discards frames"
-    if table.false_keys:
-        return "not all its keyframes are ones"
+    if table.has_false_keys:
+        return "some packets marked as keyframes are not"
     keys = np.flatnonzero(table.safe_key)
     last_key = keys[np.searchsorted(keys, np.arange(len(table.packet_pts)), side="right") - 1]
     if np.any(table.packet_pts < table.packet_pts[last_key]):
-        return "it has open GOPs"
+        return "open GOPs"
     steps = np.diff(table.frame_pts)
     if len(steps) and steps.max() - steps.min() > 1:
-        return "its frame rate varies"
+        return "variable frame rate"
     return None
 
 
 def _same_timestamps(reader, seconds: np.ndarray) -> bool:
-    """Whether decord has as many frames as the table, at the same times."""
+    """Whether decord has the same number of frames as the table, at the same times."""
     if len(reader) != len(seconds):
         return False
     starts = reader.get_frame_timestamp(np.arange(len(seconds)))[:, 0].astype(np.float64)

@@ -1,11 +1,11 @@
-"""Decoding with PyAV: exact by construction, and no more work than the frames asked for need.
+"""Decoding with PyAV: the frames of a full sequential decode, with as little work as possible.
 
-Where packets number the frames (``frame_table``) only the packets that matter reach the decoder:
-from the keyframe before a frame to the frame, and of H.264 not those that nothing refers to and
-nobody wants. Any other file is decoded from its start, and frames are counted as they come.
-Both give the frames of a full sequential decode. Not so where a damaged packet, in a part of the
-file that is not decoded, loses its frame without an error: frames behind it are then numbered as if
-it were there. Only decoding the whole file finds that out.
+Where packets correspond to frames (see `frame_table`), only the packets from the keyframe before a
+frame up to that frame are decoded; in H.264, frames that are neither requested nor referenced are
+skipped. Any other file is decoded from its start, counting frames. Both give the frames of a full
+sequential decode, with one exception: if the decoder drops the frame of a damaged packet without an
+error, in a part of the file that is not decoded here, later frames are numbered as if it existed.
+Only decoding the whole file can detect that.
 """
 
 import contextlib
@@ -33,40 +33,41 @@ from i3d_gn.video_io.frame_table import (
 from i3d_gn.video_io.pixels import CropWriter, FrameWriter, orientation_of
 
 # Files up to this size are read once and their packets kept; larger ones are read twice.
-_KEEP_PACKETS_BYTES = 32 * 2**20
+KEEP_PACKETS_BYTES = 32 * 2**20
 
-_CHUNK_PACKETS = 64
+CHUNK_PACKETS = 64
 
 _COVER_PICTURE = Disposition.attached_pic
 
-# A frame is stored at most this many packets after one that is shown later: twice what the
-# decoded picture buffers of H.264 (A.3.1) and HEVC (A.4.2) hold.
-_MAX_REORDER = 32
+# A frame is stored at most this many packets after one that is shown later: twice the size of the
+# decoded picture buffers of H.264 (A.3.1) and HEVC (A.4.2).
+MAX_REORDER = 32
 
-# Yields the packets first ... stop - 1 of the file, in decoding order.
+# Yields packets `first` to `stop - 1` of the file, in decoding order.
 _ReadPackets = Callable[[int, int], Iterator[av.Packet]]
 
-# Titles and comments in whatever encoding do not matter; to PyAV 19 they never do.
+# Ignore titles and comments that are not UTF-8; PyAV 19 always does.
 _ANY_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 )
 
 
 class _TableError(Exception):
-    """The decoder's frames contradict the table: the frames must be counted instead."""
+    """The decoder's frames contradict the table; decode sequentially instead."""
 
 
 @contextlib.contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the first video stream of a file, for decoding on one thread; closes it at the end.
+    """Open the first video stream of a file for decoding on one thread.
 
-    A cover picture is a video stream to FFmpeg, but none here.
+    Attached pictures (cover art), which are video streams to FFmpeg, are ignored.
 
     Raises:
-        VideoDecodeError: not a readable video file, no video stream in it, or no decoder for it.
+        VideoDecodeError: The file is not a readable video, has no video stream, or there is no
+            decoder for it.
     """
     try:
-        # An absolute path: FFmpeg takes what comes before a colon in "a:b.mp4" for a protocol.
+        # An absolute path: FFmpeg would take "a" in "a:b.mp4" for a protocol.
         container = av.open(os.path.abspath(path), **_ANY_METADATA)
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error)) from error
@@ -90,10 +91,9 @@ def demux_video(
     keep: bool,
     last_index: int | None = None,
 ) -> tuple[FrameTable, list[av.Packet] | None]:
-    """Read packets without decoding any: the frame table and, to ``keep``, the packets.
+    """Read packets without decoding: the frame table and, if `keep`, the packets.
 
-    With ``last_index`` reading ends, before the file does, where the table is settled up to that
-    frame.
+    With `last_index`, reading stops once the table is final up to that frame.
     """
     context = stream.codec_context
     builder = FrameTableBuilder(
@@ -104,11 +104,11 @@ def demux_video(
     packets: list[av.Packet] = []
     source = (packet for packet in container.demux(stream) if packet.size)
     try:
-        while chunk := list(itertools.islice(source, _CHUNK_PACKETS)):
+        while chunk := list(itertools.islice(source, CHUNK_PACKETS)):
             builder.extend(chunk)
             if keep:
                 packets += chunk
-            if last_index is not None and builder.num_shown > last_index + _MAX_REORDER:
+            if last_index is not None and builder.num_shown > last_index + MAX_REORDER:
                 break
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error)) from error
@@ -116,10 +116,10 @@ def demux_video(
 
 
 def sequential_frames(path: str | Path, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames of a freshly opened stream in presentation order, with their index.
+    """All frames of a newly opened stream in presentation order, with their index.
 
     Raises:
-        VideoDecodeError: at the first frame that fails; all before it are good.
+        VideoDecodeError: At the first frame that fails; all frames before it are good.
     """
     index = 0
     try:
@@ -133,25 +133,25 @@ def sequential_frames(path: str | Path, stream: VideoStream) -> Iterator[tuple[i
 def decode_frames_pyav(
     path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
 ) -> np.ndarray:
-    """See :func:`i3d_gn.video_io.decode.decode_frames`; ``indices`` are checked there."""
+    """See `decode_frames`, which validates `indices`."""
     with open_video(path) as (container, stream):
-        keep = 0 < container.size <= _KEEP_PACKETS_BYTES
+        keep = 0 < container.size <= KEEP_PACKETS_BYTES
         table, packets = demux_video(
             path, container, stream, keep=keep, last_index=int(indices.max())
         )
-        if table.doubt is None:
+        if table.fallback_reason is None:
             if indices.max() >= table.num_frames:
                 raise out_of_range(path, int(indices.max()), table.num_frames)
-            collector = _Collector(path, indices, plan, out)
+            collector = FrameCollector(path, indices, plan, out)
             try:
                 read = _kept_packets(packets) if packets else _seeking(container, stream, table)
                 _decode_ranges(stream, table, read, collector)
                 return collector.result()
             except _TableError:
-                pass  # frames are counted instead, which also finds where a broken file breaks off
+                pass  # decode sequentially, which also finds where a broken file fails
 
     with open_video(path) as (_, stream):
-        collector = _Collector(path, indices, plan, out)
+        collector = FrameCollector(path, indices, plan, out)
         count = 0
         for index, frame in sequential_frames(path, stream):
             collector.take(index, frame)
@@ -162,12 +162,12 @@ def decode_frames_pyav(
 
 
 def out_of_range(path: str | Path, index: int, num_frames: int) -> VideoDecodeError:
-    """The error for a frame that the video does not have."""
+    """The error for an index past the end of the video."""
     return VideoDecodeError(path, f"the video has only {num_frames} frames", frame=index)
 
 
-class _Collector:
-    """Puts the frames that were asked for in their rows, whatever the order they come in."""
+class FrameCollector:
+    """Writes requested frames to their rows of the output, in whatever order they are decoded."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Collector:
         return not self._rows
 
     def take(self, index: int, frame: av.VideoFrame) -> None:
-        """Write the frame if it was asked for and has not come before."""
+        """Write the frame if it was requested and not written before."""
         rows = self._rows.pop(index, None)
         if rows is None:
             return
@@ -215,7 +215,7 @@ class _Collector:
         return self._out
 
     def _prepare(self, frame: av.VideoFrame) -> None:
-        """Now that the first frame tells how the video is stored, set up output and conversion."""
+        """Set up output and conversion for the size, format and orientation of the first frame."""
         orientation = orientation_of(frame)
         stored = (frame.height, frame.width)
         height, width = stored[::-1] if orientation.transpose else stored
@@ -232,12 +232,13 @@ class _Collector:
 
 
 def _decode_ranges(
-    stream: VideoStream, table: FrameTable, read: _ReadPackets, collector: _Collector
+    stream: VideoStream, table: FrameTable, read: _ReadPackets, collector: FrameCollector
 ) -> None:
-    """Decode the packets that hold or lead to the wanted frames.
+    """Decode the packets of the requested frames and those that they depend on.
 
-    Frames are known by their timestamps, and must come in their order. Each packet that is shown
-    must yield its frame, but for leading pictures of an open GOP, whose other half is not decoded.
+    Frames are identified by their timestamps, and must come out in order. Each packet that is shown
+    must yield its frame, except for leading pictures of an open GOP whose previous GOP is not
+    decoded.
     """
     frame_of = dict(zip(table.frame_pts.tolist(), range(table.num_frames), strict=True))
     context = stream.codec_context
@@ -256,8 +257,8 @@ def _decode_ranges(
             nonlocal last
             for frame in frames:
                 index = -1 if frame.pts is None else frame_of.get(frame.pts, -1)
-                # Fields of an interlaced frame may lie in two packets. What is made up for damaged
-                # parts of a frame depends on all frames before it.
+                # Fields of an interlaced frame may lie in two packets. Error concealment in a
+                # damaged frame depends on all frames before it.
                 damaged = frame.is_corrupt and index >= key_frame
                 if frame.interlaced_frame or damaged or index <= last:
                     raise _TableError
@@ -291,7 +292,7 @@ def _kept_packets(packets: list[av.Packet]) -> _ReadPackets:
 
 
 def _seeking(container: InputContainer, stream: VideoStream, table: FrameTable) -> _ReadPackets:
-    """Read packets from the file once more, from a keyframe on."""
+    """Read packets from the file again, starting at a keyframe."""
 
     def read(first: int, stop: int) -> Iterator[av.Packet]:
         container.seek(int(table.packet_seek[first]), stream=stream)
@@ -309,11 +310,11 @@ def _seeking(container: InputContainer, stream: VideoStream, table: FrameTable) 
             position += 1
             if position == stop:
                 return
-        raise _TableError  # seeking led elsewhere
+        raise _TableError  # seeking did not reach the keyframe
 
     return read
 
 
 def _reason(error: Exception) -> str:
-    """The system's words for an error, without its number and file name."""
+    """The message of a system or FFmpeg error, without number and file name."""
     return getattr(error, "strerror", None) or str(error)

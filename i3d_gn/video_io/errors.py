@@ -1,4 +1,4 @@
-"""The one error that everything which reads videos raises."""
+"""The error that every function which reads a video raises."""
 
 from pathlib import Path
 
@@ -7,11 +7,10 @@ class VideoDecodeError(ValueError):
     """A video, or one of its frames, cannot be decoded.
 
     Attributes:
-        path: the file.
-        frame: index of the first frame that could not be had, in presentation order, or ``None``
-            when the file as a whole is at fault. When a file breaks off midway, frames before
-            this one are good.
-        cause: one line, without path and frame.
+        path: The file.
+        frame: Index of the first frame that cannot be decoded, in presentation order, or `None`
+            if the file as a whole cannot be read. All frames before it are good.
+        cause: One line, without path and frame.
     """
 
     def __init__(self, path: str | Path, cause: str, frame: int | None = None) -> None:
@@ -22,6 +21,6 @@ class VideoDecodeError(ValueError):
         super().__init__(f"{where}: {cause}")
 
     def __reduce__(self):
-        # Errors cross from workers to the main process by pickle, which would call
-        # __init__ with the finished message alone.
+        # Loader workers send the error by pickle, whose default would call __init__ with the
+        # formatted message as its only argument.
         return type(self), (self.path, self.cause, self.frame)

@@ -1,26 +1,26 @@
-"""The index: one Parquet file that says which videos a data set holds and what they are.
+"""The index of a dataset: a Parquet file with one row per video.
 
-One row per video; the schema's metadata carry what belongs to all of them.
+The metadata of the schema hold what applies to all videos.
 
     column            type      meaning
-    video_id          string    the file's name without folder and extension
+    video_id          string    file name without folder and extension
     path              string    relative to the root, POSIX separators (absolute if outside it)
     label             int64     class id, -1 if unknown
     class_name        string    null if unknown
     num_frames        int64     frames of a full decode, in presentation order
     fps               float64
     duration_seconds  float64
-    width, height     int32     after rotation metadata, as the video is watched
+    width, height     int32     of the upright frame, in pixels
 
     metadata key            meaning
-    i3d_gn.format_version   "1", or "2" for packed videos; a reader refuses what it does not know
+    i3d_gn.format_version   "1", or "2" for packed videos; other versions are refused
     i3d_gn.root             folder that paths are relative to, itself relative to the index's folder
-                            where the two share a parent, so that a moved tree keeps working
+                            if the two share a parent, so that both can be moved together
     i3d_gn.class_names      JSON list; a label is a position in it
 
-Further columns are allowed, and ignored here. An index of packed videos (format "2") has three
-more: ``shard`` (string, a tar file below the root), ``offset`` and ``num_bytes`` (int64) say which
-bytes of it are the video; ``path`` is then only its name, and the root a folder or a URL.
+Other columns are allowed and ignored. An index of packed videos (format "2") has three more:
+`shard` (string, a tar file below the root), `offset` and `num_bytes` (int64, which bytes of the
+shard are the video). Its `path` is only a name, and its root a folder or a URL.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from i3d_gn.files import atomic_output
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.packed import PackedVideos, ShardReadError, file_in_memory, is_url
 
@@ -67,7 +68,7 @@ _PACKED_COLUMNS = ["shard", "offset", "num_bytes"]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRecord:
-    """One row of the index; ``path`` is relative to the index's root, with ``/`` between parts."""
+    """One row of the index; `path` is relative to the root of the index, with `/` separators."""
 
     path: str
     label: int
@@ -85,11 +86,12 @@ def write_index(
     class_names: Sequence[str],
     root: str | os.PathLike[str],
 ) -> None:
-    """Write ``records``, in this order, as the index ``path``; replace it only once complete.
+    """Write `records`, in this order, to the index `path`, atomically.
 
-    Raises ``ValueError`` for what ``VideoIndex.load`` would refuse: no record, a label that is
-    neither a position in ``class_names`` nor -1, a video without frames or size, a path that occurs
-    twice.
+    Raises:
+        ValueError: `VideoIndex.load` would refuse the index: there are no records, a label is
+            neither a position in `class_names` nor -1, a video has no frames or no size, or a path
+            occurs twice.
     """
     path = Path(path)
     class_names = list(class_names)
@@ -130,10 +132,10 @@ def write_packed_index(
     sizes: Sequence[int],
     root: str,
 ) -> None:
-    """Write the index ``loose`` once more for its videos in tar shards.
+    """Write the index of the videos of the index `loose`, packed in tar shards, to `path`.
 
-    Video ``i`` is the bytes ``offsets[i] ... offsets[i] + sizes[i] - 1`` of ``shards[i]``, a path
-    below ``root``, which is a folder or a URL.
+    Video `i` is bytes `offsets[i]` to `offsets[i] + sizes[i] - 1` of `shards[i]`, a path below
+    `root`, which is a folder or a URL.
     """
     path = Path(path)
     table = pq.read_table(loose)
@@ -148,25 +150,26 @@ def write_packed_index(
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_output(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """A loaded index. Made by :meth:`load`, never changed.
+    """An immutable index, see `load`.
 
-    Numbers are NumPy arrays and texts stay in Arrow's buffers, so that 240,000 videos cost some
-    40 MB and no Python object each. A pickled index is only its path: a spawned worker reads
+    Numbers are NumPy arrays and strings stay in Arrow buffers: 240,000 videos take about 40 MB,
+    without a Python object per video. Pickling stores only the path, so that a spawned worker reads
     the file again (tens of milliseconds) instead of receiving a copy.
 
-    ``labels``, ``num_frames``, ``heights``, ``widths`` are int64 of shape (num_videos,); a label of
-    -1 is unknown. ``class_names[label]`` names it. ``root`` is a folder, or a URL of shards.
+    Attributes:
+        index_path: The Parquet file, absolute.
+        root: Folder of the videos, or folder or URL of the shards.
+        class_names: Name of each label.
+        labels: int64 `(num_videos,)`, -1 if unknown.
+        num_frames: int64 `(num_videos,)`.
+        heights: int64 `(num_videos,)`, of the upright frame, in pixels.
+        widths: int64 `(num_videos,)`, of the upright frame, in pixels.
     """
 
     index_path: Path
@@ -183,16 +186,22 @@ class VideoIndex:
     def load(
         cls, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
     ) -> VideoIndex:
-        """Read the index ``path``; ``root`` replaces the place of the videos recorded in it.
+        """Read an index.
 
-        Raises ``ValueError``, one line, for a missing file, a file that is no index of this
-        format, an empty index, a value that is missing or no integer, a label outside the class
-        list, a video without frames or size, a path that occurs twice, or a root that does not
-        exist.
+        Args:
+            path: The Parquet file.
+            root: Folder of the videos, or folder or URL of the shards, instead of the one recorded
+                in the index.
+
+        Raises:
+            ValueError: The file is missing or not an index of a known format; the index is empty;
+                a value is missing or has the wrong type; a label is outside the class list; a video
+                has no frames or no size; a path occurs twice; or the root does not exist. The
+                message is one line.
         """
         path = Path(path).absolute()
         if not path.is_file():
-            raise ValueError(f"there is no index {path}; make it with `i3d-gn index`")
+            raise ValueError(f"index not found: {path}; create it with `i3d-gn index`")
         table = _read_table(path)
         metadata = table.schema.metadata
         class_names = tuple(json.loads(metadata[_CLASS_NAMES_KEY]))
@@ -205,8 +214,8 @@ class VideoIndex:
             root = Path(os.path.normpath(path.parent / root)) if recorded else Path(root).absolute()
             if not root.is_dir():
                 raise ValueError(
-                    f"the videos of index {path} should lie under {root}, which is not a folder; "
-                    "pass the folder where they are as root, or index them again"
+                    f"the videos of index {path} should be in {root}, which is not a folder; "
+                    "pass root=, or index the videos again"
                 )
 
         def numbers(name: str) -> np.ndarray:
@@ -240,22 +249,23 @@ class VideoIndex:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the videos lie in tar shards."""
+        """Whether the videos are packed in tar shards."""
         return self._packed is not None
 
     def path_of(self, i: int) -> Path:
-        """Where video ``i`` is, a file of its own: absolute."""
+        """Absolute path of video `i`, which must not be packed."""
         assert self._packed is None, "a packed video has no path, see file_of"
         return Path(self.root, self._paths[i].as_py())
 
     @contextlib.contextmanager
     def file_of(self, i: int) -> Iterator[Path]:
-        """A path to read video ``i`` from while the block lasts, wherever it lies.
+        """Yield a path from which to read video `i` inside the block, packed or not.
 
-        A packed video is copied to memory for that. A ``VideoDecodeError`` in the block is passed
-        on with the video's own name.
+        A packed video is copied to memory; a `VideoDecodeError` raised in the block is raised again
+        with the name of the video in place of the temporary path.
 
-        Raises ``VideoDecodeError`` if a packed video cannot be read.
+        Raises:
+            VideoDecodeError: A packed video cannot be read from its shard.
         """
         if self._packed is None:
             yield self.path_of(i)
@@ -273,9 +283,9 @@ class VideoIndex:
 
     @cached_property
     def paths(self) -> list[str]:
-        """Paths below the root, in index order: what names a video in results.
+        """Paths relative to the root, in index order, which identify videos in results.
 
-        Made at the first call: nobody but a report needs them all as Python strings.
+        Converted to Python strings on first use.
         """
         return self._paths.to_pylist()
 
@@ -286,45 +296,46 @@ def _read_table(path: Path) -> pa.Table:
             metadata = file.schema_arrow.metadata or {}
             if _VERSION_KEY not in metadata:
                 raise ValueError(
-                    f"{path} is a Parquet file but no video index; make one with `i3d-gn index`"
+                    f"{path} is a Parquet file but not a video index; create one with "
+                    "`i3d-gn index`"
                 )
             version = metadata[_VERSION_KEY].decode()
             if version not in {FORMAT_VERSION, PACKED_FORMAT_VERSION}:
                 raise ValueError(
-                    f"index {path} has format version {version}, this program reads "
-                    f"{FORMAT_VERSION} and {PACKED_FORMAT_VERSION}; make it again with "
-                    "`i3d-gn index`"
+                    f"index {path} has format version {version}, but only versions "
+                    f"{FORMAT_VERSION} and {PACKED_FORMAT_VERSION} are supported; create it again "
+                    "with `i3d-gn index`"
                 )
             packed = _PACKED_COLUMNS if version == PACKED_FORMAT_VERSION else []
             columns = _COLUMNS_LOADED + packed
-            lacking = [name for name in columns if name not in file.schema_arrow.names]
-            lacking += [k.decode() for k in (_ROOT_KEY, _CLASS_NAMES_KEY) if k not in metadata]
-            if lacking:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            missing += [k.decode() for k in (_ROOT_KEY, _CLASS_NAMES_KEY) if k not in metadata]
+            if missing:
                 raise ValueError(
-                    f"index {path} lacks {', '.join(lacking)}; make it again with `i3d-gn index`"
+                    f"index {path} lacks {', '.join(missing)}; create it again with `i3d-gn index`"
                 )
             return file.read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{path} is no video index ({_first_line(error)}); make one with `i3d-gn index`"
+            f"{path} is not a video index ({_first_line(error)}); create one with `i3d-gn index`"
         ) from error
 
 
 def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
     if table.num_rows == 0:
         raise ValueError(
-            f"index {path} holds no video; see the report of `i3d-gn index` for the reasons"
+            f"index {path} has no videos; see the report of `i3d-gn index` for the reasons"
         )
     for name in _COLUMNS_LOADED:
         column = table[name]
         if name != "path" and not pa.types.is_integer(column.type):
             raise ValueError(
-                f"index {path}: column {name} holds {column.type}, must hold integers; make it "
+                f"index {path}: column {name} has type {column.type}, must be integer; create it "
                 "again with `i3d-gn index`"
             )
         if column.null_count:
             raise ValueError(
-                f"index {path}: column {name} lacks a value in {column.null_count} rows; make it "
+                f"index {path}: column {name} has no value in {column.null_count} rows; create it "
                 "again with `i3d-gn index`"
             )
     for name in ("num_frames", "width", "height"):
@@ -333,7 +344,7 @@ def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
             i = int(np.argmin(values))
             raise ValueError(
                 f"index {path}: {table['path'][i]} has {name} {values[i]}, must be at least 1; "
-                "make it again with `i3d-gn index`, which leaves out what cannot be decoded"
+                "create it again with `i3d-gn index`, which skips videos that cannot be decoded"
             )
     labels = table["label"].to_numpy()
     outside = (labels < UNKNOWN_LABEL) | (labels >= num_classes)
@@ -341,21 +352,21 @@ def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
         i = int(np.argmax(outside))
         raise ValueError(
             f"index {path}: {table['path'][i]} has label {labels[i]}, but labels must be below "
-            f"the number of classes, {num_classes} (or -1, unknown); index it again with the "
-            "complete class list (--label-map)"
+            f"the number of classes, {num_classes} (or -1, unknown); index the videos again with "
+            "the complete class list (--label-map)"
         )
     if len(table["path"].unique()) != table.num_rows:
         paths = table["path"].value_counts()
-        twice = next(entry["values"] for entry in paths if entry["counts"].as_py() > 1)
+        repeated = next(entry["values"] for entry in paths if entry["counts"].as_py() > 1)
         raise ValueError(
-            f"index {path}: path {twice} occurs more than once, but each video must count once; "
-            "make it again with `i3d-gn index`, which drops duplicates"
+            f"index {path}: path {repeated} occurs more than once, but each video must count "
+            "once; create it again with `i3d-gn index`, which drops duplicates"
         )
 
 
 def _portable_root(root: Path, index_folder: Path) -> str:
     root, index_folder = root.absolute(), index_folder.absolute()
-    # Two trees that meet only at the file system's root do not move together.
+    # If they share only the root of the file system, they are not moved together.
     share_a_parent = root.parts[:2] == index_folder.parts[:2]
     return Path(os.path.relpath(root, index_folder) if share_a_parent else root).as_posix()
 

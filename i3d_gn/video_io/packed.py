@@ -1,11 +1,11 @@
-"""Videos that lie in tar shards (WebDataset's convention) on a disk or behind a URL.
+"""Videos packed in tar shards (WebDataset's convention), on a disk or at a URL.
 
     root/shard-00000.tar
         00000000.json  00000000.mp4  00000001.json  00000001.mp4 ...
 
-The index knows the byte range of each video, so that videos are read one by one in any order: the
-same seed gives the same clips from shards as from loose files, on a disk or over the network, and a
-run resumes just the same. Over HTTP or from a bucket a video is one range request.
+The index records the byte range of each video, so that videos can be read in any order. A seed
+therefore gives the same clips from shards as from separate files, on a disk or over the network,
+also when a run is resumed. Over HTTP or from a bucket, each video is one range request.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-# A dropped connection is tried again so often, after 0.5, 1, 2, ... seconds.
+# Attempts to read from a URL, with pauses of 0.5, 1, 2, ... seconds between them.
 _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 
 
 class ShardReadError(OSError):
-    """A video cannot be read from its shard; the message says why, in one line."""
+    """A video cannot be read from its shard; the message is one line."""
 
 
 def is_url(root: str) -> bool:
-    """Whether ``root`` is a place that fsspec knows (``http://``, ``s3://``, ...), not a folder."""
+    """Whether `root` is a URL for fsspec (`http://`, `s3://`, ...) and not a folder."""
     return "://" in root
 
 
 @dataclass(frozen=True, eq=False)
 class PackedVideos:
-    """Where each video of an index lies: shard name, first byte, number of bytes.
+    """The location of each video of an index: shard, offset and size.
 
-    ``root`` is a folder or a URL; ``offsets`` and ``sizes`` are int64 of shape (num_videos,).
+    Attributes:
+        root: A folder or a URL.
+        shards: Shard of each video, a path below `root`.
+        offsets: int64 `(num_videos,)`, first byte of each video in its shard.
+        sizes: int64 `(num_videos,)`, bytes of each video.
     """
 
     root: str
@@ -49,7 +53,11 @@ class PackedVideos:
     sizes: np.ndarray
 
     def check_shards(self) -> None:
-        """Raise ``ValueError`` for a shard that a folder lacks, or that is too short."""
+        """Check that all shards exist and are long enough; does nothing for a URL.
+
+        Raises:
+            ValueError: A shard is missing or too short.
+        """
         if is_url(self.root):
             return
         ends = pa.table({"shard": self.shards, "end": self.offsets + self.sizes})
@@ -59,14 +67,16 @@ class PackedVideos:
             size = path.stat().st_size if path.is_file() else 0
             if size < needed:
                 raise ValueError(
-                    f"{path} has {size} bytes, the index needs {needed}; copy the shard again, or "
-                    "pack the videos anew"
+                    f"{path} has {size} bytes, but the index expects at least {needed}; copy the "
+                    "shard again, or pack the videos again"
                 )
 
     def read(self, i: int) -> bytes:
-        """The file of video ``i``.
+        """The bytes of video `i`.
 
-        Raises ``ShardReadError``, for a URL after some more attempts.
+        Raises:
+            ShardReadError: The shard cannot be read; for a URL, after several attempts.
+            ValueError: A package for this kind of URL is not installed.
         """
         location = f"{self.root.rstrip('/')}/{self.shards[i].as_py()}"
         first, count = int(self.offsets[i]), int(self.sizes[i])
@@ -81,10 +91,10 @@ class PackedVideos:
                 return _complete(_read_url(location, first, count), count)
             except ImportError as error:
                 raise ValueError(
-                    f"{location} needs more than is installed ({error}); "
+                    f"{location} cannot be read without another package ({error}); "
                     "pip install 'i3d_gn[shards]', and s3fs or gcsfs for buckets"
                 ) from error
-            except Exception as error:  # What network libraries raise has no common type.
+            except Exception as error:  # network libraries have no common base class
                 if attempt == _ATTEMPTS - 1:
                     reason = str(error) or type(error).__name__
                     raise ShardReadError(f"{location}: {reason}") from error
@@ -94,7 +104,7 @@ class PackedVideos:
 
 @contextlib.contextmanager
 def file_in_memory(content: bytes) -> Iterator[Path]:
-    """A path under which ``content`` can be opened as a file, and which leaves nothing behind."""
+    """Yield a path at which `content` can be opened as a file until the block ends."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("video")
         with open(descriptor, "wb", buffering=0) as file:
@@ -114,15 +124,15 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 def _read_url(url: str, first: int, count: int) -> bytes:
-    import fsspec  # noqa: PLC0415 (many a run has no use for it)
+    import fsspec  # noqa: PLC0415 (optional dependency)
 
-    # fsspec keeps one connection pool for each process, and makes a new one after a fork.
+    # fsspec keeps one connection pool per process, and makes a new one after a fork.
     filesystem, path = fsspec.core.url_to_fs(url)
     return filesystem.cat_file(path, start=first, end=first + count)
 
 
 def _complete(content: bytes, count: int) -> bytes:
-    """A server without ranges sends the whole shard, a broken connection too little."""
+    """Check the size: servers without range support send whole shards."""
     if len(content) != count:
-        raise ShardReadError(f"got {len(content)} bytes of {count} asked for")
+        raise ShardReadError(f"got {len(content)} bytes, expected {count}")
     return content

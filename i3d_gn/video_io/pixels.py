@@ -1,17 +1,17 @@
-"""From a decoded frame to the pixels asked for: crop, scale, RGB, upright, flipped.
+"""From a decoded frame to output pixels: crop, scale, convert to RGB, turn upright, flip.
 
-The crop is taken before scaling, on the decoder's own YUV planes, so that only what is kept is
-scaled and converted. Crop corners there are whole and, with subsampled chroma, even, which a
-window of the *resized* frame in general is not. So the source window is grown outwards until its
-edges fall (nearly) on whole pixels of the resized frame, and cut to the window afterwards::
+The crop comes before scaling, on the decoder's YUV planes, so that only pixels that are kept are
+scaled and converted. Its corners must be integers there and, with subsampled chroma, even; those of
+a window of the *resized* frame generally map to neither. So the source window is extended until its
+edges map (nearly) to integer positions in the resized frame, and cropped to the window afterwards::
 
     source    0   2   4   6   8   10  12        scale s = 5/4
     resized   0   2.5 5   7.5 10  12.5 15
     wanted                  [8    13)           from source 6.4: edge 6 falls on 7.5, edge 4 on 5
-    grown             [5 ..             15)     5 -> 5, exactly; cut 3 pixels off the left
+    extended          [5 ..             15)     4 -> 5, exactly; crop 3 pixels on the left
 
-The window so lies within ``_EDGE_TOLERANCE`` of a pixel of where it should. Scaling is bilinear,
-and when it shrinks swscale widens the filter as torchvision does with ``antialias=True``.
+The window is thus displaced by at most `_EDGE_TOLERANCE` of a pixel. Scaling is bilinear; when
+shrinking, swscale widens the filter as torchvision does with `antialias=True`.
 """
 
 import itertools
@@ -30,14 +30,14 @@ from i3d_gn.video_io.crop_plan import CropPlan
 _EDGE_TOLERANCE = 0.05  # pixels of the resized frame
 _MOST_BEYOND = 64  # source pixels, see SourceWindow.beyond
 
-# Scaled as YUV first and converted to RGB after: swscale's unscaled converter is twice as fast as
-# scaling into RGB and rounds without bias (scaling into RGB shifts all colours by about +-1.2). It
-# takes these formats and even heights only.
+# Scaled as YUV, then converted to RGB: swscale's unscaled converter is twice as fast as scaling
+# into RGB and rounds without bias (scaling into RGB shifts all colors by about +-1.2). It supports
+# only these formats and even heights.
 _TWO_STEP_FORMATS = ("yuv420p", "yuvj420p")
 
 
 class Orientation(NamedTuple):
-    """How a stored frame is turned to be upright: transpose first, then flip."""
+    """How to turn a stored frame upright: transpose first, then flip."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -47,8 +47,8 @@ class Orientation(NamedTuple):
 class SourceWindow(NamedTuple):
     """One axis of a crop.
 
-    Source pixels ``start ... start + size - 1`` become ``scaled`` pixels, of which ``offset`` are
-    skipped. The last ``beyond`` of the source pixels lie outside the frame and repeat its edge.
+    Source pixels `start` to `start + size - 1` are scaled to `scaled` pixels, of which the first
+    `offset` are skipped. The last `beyond` source pixels lie outside the frame and repeat its edge.
     """
 
     start: int
@@ -59,10 +59,10 @@ class SourceWindow(NamedTuple):
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """Rotation and mirroring that the file asks for, in quarter turns; others are not applied.
+    """Rotation and mirroring from the display matrix, if it is a multiple of 90 degrees.
 
-    The display matrix (libavutil ``display.h``) maps a stored column p and row q to
-    ``x = a p + c q`` and ``y = b p + d q``.
+    The display matrix (libavutil `display.h`) maps a stored column p and row q to
+    `x = a p + c q` and `y = b p + d q`. Any other matrix is ignored.
     """
     side_data = frame.side_data.get(cast("Any", SideDataType.DISPLAYMATRIX))
     if side_data is None:
@@ -78,19 +78,19 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 def source_window(
     original: int, resized: int, start: int, size: int, *, alignment: int, extend: bool
 ) -> SourceWindow:
-    """The source pixels from which ``size`` pixels at ``start`` of a resized axis can be had.
+    """The source pixels needed for `size` pixels at `start` of a resized axis.
 
     Args:
-        original: length of the whole axis before resizing.
-        resized: its length after resizing.
-        start: of the window wanted, in pixels of the resized axis.
-        size: of that window.
-        alignment: chroma subsampling; the window's start in the source and its scaled size are
-            multiples of it, the latter where that can be had.
-        extend: whether the window may go beyond the end of the axis.
+        original: Length of the axis before resizing, in pixels.
+        resized: Its length after resizing.
+        start: Start of the window, in pixels of the resized axis.
+        size: Length of the window, in pixels of the resized axis.
+        alignment: Chroma subsampling factor. The window's start in the source is a multiple of it,
+            and its scaled size is where possible.
+        extend: Whether the source window may extend past the end of the axis.
     """
     scale = resized / original
-    # Beyond the window the filter needs its support on both sides, in chroma pixels.
+    # The filter needs its support on both sides of the window, in chroma pixels.
     margin = math.ceil(alignment * max(1.0, 1 / scale)) + 1
 
     first = max(0, math.floor(start / scale) - margin)
@@ -99,8 +99,8 @@ def source_window(
         for left in range(first - first % alignment, -1, -alignment)
         if abs(left * scale - round(left * scale)) <= _EDGE_TOLERANCE
     ]
-    # The right edge: aligned if it can be; else beyond the frame, a little; else at its end, with a
-    # size as it comes.
+    # The right edge: aligned if possible; else slightly past the end of the frame; else at its end,
+    # whatever the scaled size.
     needed = min(math.ceil((start + size) / scale) + margin, original)
     rights = [*range(needed + -needed % alignment, original + 1, alignment)]
     if extend:
@@ -120,15 +120,15 @@ def source_window(
 
 
 class FrameWriter:
-    """Writes frames of one video, or windows of them, into rows of an array, unscaled.
+    """Writes frames of one video, or unscaled crops of them, to rows of an array.
 
-    Whole frames are converted to RGB, so that a window holds to the bit what the frame does.
+    Whole frames are converted to RGB, so that a crop is bit-identical to that part of the frame.
 
     Args:
-        plan: in terms of the upright frame; its resized size is the frame's own.
-        orientation: of the stored frames.
-        size: ``(height, width)`` of the stored frames. Streams may change theirs; frames of another
-            size are scaled to this one.
+        plan: Crop and flip, in terms of the upright frame; its resized size is the frame's own.
+        orientation: Orientation of the stored frames.
+        size: `(height, width)` of the stored frames, in pixels. A stream may change its size;
+            frames of another size are scaled to this one.
     """
 
     def __init__(self, plan: CropPlan, *, orientation: Orientation, size: tuple[int, int]) -> None:
@@ -138,7 +138,7 @@ class FrameWriter:
         self._reformatter = VideoReformatter()
 
     def write(self, frame: av.VideoFrame, row: np.ndarray) -> None:
-        """Convert ``frame`` into ``row``, uint8 ``(H, W, 3)``."""
+        """Write `frame` to `row`, uint8 `(H, W, 3)`."""
         rgb = self._reformatter.reformat(
             frame, width=self._width, height=self._height, format="rgb24", threads=1
         )
@@ -155,11 +155,11 @@ class FrameWriter:
 
 
 class CropWriter:
-    """Writes resized crops of frames of one video into rows of an array.
+    """Writes resized crops of frames of one video to rows of an array.
 
     Args:
-        plan: in terms of the upright frame.
-        orientation: of the stored frames.
+        plan: Resize, crop and flip, in terms of the upright frame.
+        orientation: Orientation of the stored frames.
     """
 
     def __init__(self, plan: CropPlan, *, orientation: Orientation) -> None:
@@ -168,7 +168,7 @@ class CropWriter:
         self._key = None
 
     def write(self, frame: av.VideoFrame, row: np.ndarray) -> None:
-        """Convert ``frame`` into ``row``, uint8 ``(H, W, 3)``."""
+        """Write `frame` to `row`, uint8 `(H, W, 3)`."""
         key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if key != self._key:
             self._build(frame)
@@ -178,10 +178,10 @@ class CropWriter:
         np.copyto(row, pixels[::-1] if self._orientation.flip_rows else pixels)
 
     def _build(self, frame: av.VideoFrame) -> None:
-        """Set up the filter graph: crop, scale, RGB, upright, flip, for frames like this one."""
+        """Build the filter graph (crop, scale, RGB, upright, flip) for frames like this one."""
         plan = self._plan
         alignments = (64 // frame.format.chroma_height(64), 64 // frame.format.chroma_width(64))
-        # Where chroma is subsampled, the filter that extends a frame cuts odd sizes.
+        # With subsampled chroma, the pad filter rounds odd sizes down.
         extend = frame.height % alignments[0] == 0 == frame.width % alignments[1]
         vertical = source_window(
             frame.height,
@@ -209,7 +209,7 @@ class CropWriter:
             filters.append(("pad", f"{horizontal.size}:{vertical.size}"))
             filters.append(("fillborders", f"{edges}:mode=smear"))
         scale = f"{horizontal.scaled}:{vertical.scaled}:flags=bilinear+accurate_rnd"
-        # A last row that would make the height odd is left out where the window does not need it.
+        # Drop a last row that would make the height odd if the window does not need it.
         even = vertical.scaled - vertical.scaled % 2
         if frame.format.name in _TWO_STEP_FORMATS and vertical.offset + height <= even:
             filters += [("scale", scale), ("format", frame.format.name)]
@@ -218,12 +218,12 @@ class CropWriter:
         else:
             filters += [("scale", scale + "+full_chroma_int"), ("format", "rgb24")]
         if self._orientation.transpose:
-            filters.append(("transpose", "cclock_flip"))  # the plain transpose of a matrix
+            filters.append(("transpose", "cclock_flip"))  # a matrix transpose
             vertical, horizontal = horizontal, vertical
             height, width = width, height
         top, left = vertical.offset, horizontal.offset
         if self._orientation.flip_columns ^ plan.flip:
-            filters.append(("hflip", None))  # quicker than a copy from a flipped view
+            filters.append(("hflip", None))  # faster than copying from a flipped view
             left = horizontal.scaled - left - width
         self._cut = (slice(top, top + height), slice(left, left + width))
 
@@ -236,21 +236,21 @@ class CropWriter:
         nodes = [graph.add(name, options) for name, options in [("buffer", source), *filters]]
         nodes.append(graph.add("buffersink"))
         graph.link_nodes(*nodes).configure()
-        # The graph must outlive its ends, which do not keep it alive.
+        # Source and sink do not keep the graph alive.
         self._graph, self._source, self._sink = graph, nodes[0], nodes[-1]
 
 
 def _pixels_of(frame: av.VideoFrame) -> np.ndarray:
-    """The pixels of an rgb24 frame, ``(H, W, 3)``, as a view."""
+    """View of the pixels of an rgb24 frame, `(H, W, 3)`."""
     plane = frame.planes[0]
     strides = (plane.line_size, 3, 1)
     return np.ndarray((frame.height, frame.width, 3), np.uint8, cast("Any", plane), strides=strides)
 
 
 def _stored(plan: CropPlan, orientation: Orientation) -> CropPlan:
-    """The plan's window in the frame as stored, before it is turned upright.
+    """The plan in terms of the stored frame, before it is turned upright.
 
-    The plan's own flip is left as it is: it comes last, on upright columns.
+    The plan's own flip is unchanged, as it comes last, on upright columns.
     """
     top, left = plan.top, plan.left
     if orientation.flip_rows:

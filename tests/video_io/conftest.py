@@ -1,4 +1,4 @@
-"""Small videos of known kinds, encoded on the spot, and a plain decode to compare with."""
+"""Small videos encoded by the tests, and a plain sequential decode as the reference."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 
-def moving_pictures(num_frames: int, height: int, width: int) -> np.ndarray:
-    """RGB frames, smooth and moving, each with its number as a row of black and white bars."""
+def moving_frames(num_frames: int, height: int, width: int) -> np.ndarray:
+    """RGB frames with smooth motion, and the frame number in binary as black and white bars."""
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
     for t in range(num_frames):
         for channel in range(3):
             phase = 0.3 * t + 2.0 * channel
             light = np.sin(columns / 3 + 0.3 * t) + np.cos(rows / 2.5 - 0.2 * t)
-            colour = np.sin(columns / (19 + channel) + phase) + np.cos(rows / 17 - phase / 2)
-            frames[t, :, :, channel] = 127 + 30 * light + 25 * colour
+            color = np.sin(columns / (19 + channel) + phase) + np.cos(rows / 17 - phase / 2)
+            frames[t, :, :, channel] = 127 + 30 * light + 25 * color
         bar = max(1, width // 10)
         for bit in range(10):
             frames[t, : height // 4, bit * bar : (bit + 1) * bar] = 235 if t >> bit & 1 else 20
@@ -47,7 +47,7 @@ def _encode(
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
-        for t, pixels in enumerate(moving_pictures(num_frames, height, width)):
+        for t, pixels in enumerate(moving_frames(num_frames, height, width)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = t if frame_pts is None else frame_pts(t)
             frame.time_base = Fraction(1, rate if frame_pts is None else 1000)
@@ -65,7 +65,7 @@ def _remux(
     rate: int = 25,
     **muxer_options: str,
 ) -> Path:
-    """Copy packets from one on, all times moved by ``shift_frames`` (as a stream-copying cut)."""
+    """Copy packets from `first_packet` on, with shifted timestamps, like `ffmpeg -ss -c copy`."""
     with (
         av.open(str(source)) as reader,
         av.open(str(path), "w", options=muxer_options) as writer,
@@ -84,7 +84,7 @@ def _remux(
 
 
 def _sequential(path: Path) -> np.ndarray:
-    """All frames as RGB, by the plainest of loops."""
+    """All frames as RGB, decoded sequentially."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
@@ -107,7 +107,7 @@ def decode_sequentially() -> Callable[[Path], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def plain_video(tmp_path_factory) -> Path:
-    """60 frames of H.264, 64 x 96, with B-frames that others refer to, a keyframe every 12."""
+    """60 frames of H.264, 64x96, with a B-pyramid and a keyframe every 12 frames."""
     path = tmp_path_factory.mktemp("plain") / "plain.mp4"
     options = {"g": "12", "bf": "3", "x264-params": "b-pyramid=normal:b-adapt=0:scenecut=0"}
     return _encode(path, options=options)

@@ -1,4 +1,4 @@
-"""Frames by index against a plain sequential decode, on every kind of file that is known to err."""
+"""Frames by index compared with a sequential decode, on many kinds of files."""
 
 import gc
 import pickle
@@ -36,7 +36,7 @@ def x264(parameters: str, **options: str) -> dict[str, str]:
 X265 = "keyint=12:min-keyint=12:bframes=3:log-level=none:pools=1:frame-threads=1"
 VP9 = {"g": "30", "b": "100k", "lag-in-frames": "16", "auto-alt-ref": "1", "cpu-used": "8"}
 
-# Name of the file and how it is encoded.
+# File name and encoding options.
 KINDS = {
     "b-pyramid.mp4": {"options": x264("b-pyramid=normal:scenecut=0")},
     "one-gop.mp4": {"options": x264("b-pyramid=normal:scenecut=0", g="250")},
@@ -68,7 +68,7 @@ KINDS = {
 
 
 def index_sets(num_frames: int) -> list[list[int]]:
-    """Strided clips, looping, backwards, repeats, scattered frames, the ends."""
+    """Strided and looping clips, reverse order, repeats, random frames, first and last frame."""
     rng = np.random.default_rng(num_frames)
     return [
         *[[(start + 2 * k) % num_frames for k in range(16)] for start in (0, 7, num_frames - 9)],
@@ -81,7 +81,7 @@ def index_sets(num_frames: int) -> list[list[int]]:
 
 
 def assert_exact(path: Path, expected: np.ndarray, backend: Backend = "pyav") -> None:
-    """All of the frames asked for are those of ``expected``, which all differ."""
+    """All decoded frames equal those of `expected`, which are all different."""
     assert len(np.unique(expected.reshape(len(expected), -1), axis=0)) == len(expected)
     for indices in index_sets(len(expected)):
         got = decode_frames(path, indices, backend=backend)
@@ -90,14 +90,12 @@ def assert_exact(path: Path, expected: np.ndarray, backend: Backend = "pyav") ->
             for i, frame in zip(indices, got, strict=True)
             if not np.array_equal(frame, expected[i])
         ]
-        assert not wrong, f"asked for {indices}, wrong: {wrong}"
+        assert not wrong, f"wrong frames {wrong} of {indices}"
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_are_those_of_a_sequential_decode(
-    name, backend, tmp_path, encode_video, decode_sequentially
-):
+def test_frames_equal_sequential_decode(name, backend, tmp_path, encode_video, decode_sequentially):
     path = encode_video(tmp_path / name, **KINDS[name])
     expected = decode_sequentially(path)
     assert len(expected) == 60
@@ -106,8 +104,8 @@ def test_frames_are_those_of_a_sequential_decode(
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_cut_by_an_edit_list(backend, tmp_path, plain_video, remux_video, decode_sequentially):
-    """Packets before the cut are kept to decode from, but their frames are not shown."""
+def test_edit_list(backend, tmp_path, plain_video, remux_video, decode_sequentially):
+    """Packets before the cut are stored for reference, but their frames are not shown."""
     path = remux_video(
         plain_video,
         tmp_path / "cut.mp4",
@@ -123,8 +121,8 @@ def test_cut_by_an_edit_list(backend, tmp_path, plain_video, remux_video, decode
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_cut_in_an_open_gop(backend, tmp_path, encode_video, remux_video, decode_sequentially):
-    """The first packets refer to a GOP that was cut off; decoders leave their frames out."""
+def test_cut_inside_open_gop(backend, tmp_path, encode_video, remux_video, decode_sequentially):
+    """The first frames reference a GOP that was removed; decoders drop them."""
     whole = encode_video(
         tmp_path / "open.mp4", options=x264("open-gop=1:b-pyramid=normal:scenecut=0")
     )
@@ -134,22 +132,22 @@ def test_cut_in_an_open_gop(backend, tmp_path, encode_video, remux_video, decode
     assert_exact(path, expected, backend)
 
 
-# What timestamps say, by number of the packet in the file, of streams whose frames come otherwise.
+# B-frames of the encoder, and timestamps by packet number that contradict the order in the stream.
 CONTRADICTIONS = {
     "b-frames in decoding order": ("3", lambda n: 40 * n),
     "two frames swapped": ("0", lambda n: 40 * n + (60 if n == 30 else 0)),
-    "a frame shown behind the next keyframe": ("0", lambda n: 40 * n + (900 if n == 26 else 0)),
-    "two groups interleaved": ("0", lambda n: 40 * (n - 12) + 20 if 12 <= n < 24 else 40 * n),
+    "a frame shown after the next keyframe": ("0", lambda n: 40 * n + (900 if n == 26 else 0)),
+    "two GOPs interleaved": ("0", lambda n: 40 * (n - 12) + 20 if 12 <= n < 24 else 40 * n),
 }
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 @pytest.mark.parametrize("kind", CONTRADICTIONS)
-def test_timestamps_that_contradict_the_stream(
+def test_timestamps_contradicting_the_stream(
     kind, container, backend, tmp_path, encode_video, decode_sequentially
 ):
-    """A decoder puts frames in the order that the stream says, whatever the container does."""
+    """Decoders output frames in the order of the stream, whatever the container says."""
     b_frames, milliseconds = CONTRADICTIONS[kind]
     options = x264("scenecut=0:b-adapt=0", bf=b_frames)
     source = encode_video(tmp_path / "source.mkv", options=options)
@@ -167,10 +165,10 @@ def test_timestamps_that_contradict_the_stream(
         assert np.array_equal(decode_frames(path, [index], backend=backend)[0], expected[index])
 
 
-def test_damaged_frames_are_those_of_a_sequential_decode(tmp_path, encode_video):
-    """What the decoder makes up for a damaged frame depends on the frames that it has seen."""
+def test_damaged_frames_equal_sequential_decode(tmp_path, encode_video):
+    """Error concealment in a damaged frame depends on the frames decoded before."""
     options = x264("b-pyramid=normal:scenecut=0")
-    bitexact = {"fflags": "+bitexact"}  # no random identifiers: the same bytes are hit each time
+    bitexact = {"fflags": "+bitexact"}  # no random identifiers: damage the same bytes each time
     path = encode_video(tmp_path / "damaged.mkv", options=options, muxer_options=bitexact)
     whole = path.read_bytes()
     compared = 0
@@ -189,7 +187,7 @@ def test_damaged_frames_are_those_of_a_sequential_decode(tmp_path, encode_video)
             except av.FFmpegError:
                 failed = True
         if len(expected) < 60 and not failed:
-            continue  # a frame is lost without an error, which only a full decode can find out
+            continue  # a frame is lost without an error, which only a full decode can detect
         for index in range(0, 60, 3):
             try:
                 got = decode_frames(path, [index])[0]
@@ -207,20 +205,20 @@ def test_large_files_are_read_by_seeking(
     name, tmp_path, encode_video, decode_sequentially, monkeypatch
 ):
     path = encode_video(tmp_path / name, **KINDS[name])
-    monkeypatch.setattr(decode_pyav, "_KEEP_PACKETS_BYTES", 0)
+    monkeypatch.setattr(decode_pyav, "KEEP_PACKETS_BYTES", 0)
     assert_exact(path, decode_sequentially(path))
 
 
 @pytest.mark.parametrize(
     "name", ["b-pyramid.mp4", "open-gop.mp4", "variable-rate.mp4", "hevc-open-gop.mkv", "av1.mp4"]
 )
-def test_packets_behind_the_last_frame_are_not_read(
+def test_packets_after_the_last_frame_are_not_read(
     name, tmp_path, encode_video, decode_sequentially, monkeypatch
 ):
     path = encode_video(tmp_path / name, **KINDS[name])
     expected = decode_sequentially(path)
-    monkeypatch.setattr(decode_pyav, "_CHUNK_PACKETS", 1)
-    monkeypatch.setattr(decode_pyav, "_MAX_REORDER", 4)  # these streams reorder no further
+    monkeypatch.setattr(decode_pyav, "CHUNK_PACKETS", 1)
+    monkeypatch.setattr(decode_pyav, "MAX_REORDER", 4)  # these streams reorder no further
     build = decode_pyav.FrameTableBuilder.build
     read = []
 
@@ -236,16 +234,16 @@ def test_packets_behind_the_last_frame_are_not_read(
     assert read == [min(60, last + 5) for last in range(60)]
 
 
-def test_only_what_is_needed_is_decoded(plain_video, monkeypatch):
-    """A frame in the fourth GOP costs a part of that GOP, and no unreferenced frame beside it."""
+def test_only_needed_frames_are_decoded(plain_video, monkeypatch):
+    """A frame in the fourth GOP needs part of that GOP, without unreferenced frames."""
     decoded = []
-    take = decode_pyav._Collector.take
+    take = decode_pyav.FrameCollector.take
 
     def count(self, index, frame):
         decoded.append(index)
         take(self, index, frame)
 
-    monkeypatch.setattr(decode_pyav._Collector, "take", count)
+    monkeypatch.setattr(decode_pyav.FrameCollector, "take", count)
     decode_frames(plain_video, [40])
     assert 40 in decoded
     assert len(decoded) <= 5
@@ -255,7 +253,7 @@ def test_only_what_is_needed_is_decoded(plain_video, monkeypatch):
     assert len(decoded) < 45
 
 
-def test_several_uses_of_a_frame_decode_it_once(plain_video, monkeypatch):
+def test_repeated_indices_are_converted_once(plain_video, monkeypatch):
     written = []
     monkeypatch.setattr(
         decode_pyav.FrameWriter, "write", lambda self, frame, row: written.append(frame.pts)
@@ -280,7 +278,7 @@ def test_several_uses_of_a_frame_decode_it_once(plain_video, monkeypatch):
 def test_rotation_and_mirroring_are_applied(
     matrix, upright, tmp_path, plain_video, decode_sequentially
 ):
-    """The matrix of the track header (ISO 14496-12, 8.3.2) is set by hand."""
+    """The matrix of the track header (ISO 14496-12, 8.3.2) is patched in the file."""
     data = bytearray(plain_video.read_bytes())
     identity = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()
     at = data.find(identity, data.find(b"tkhd"))
@@ -302,7 +300,7 @@ def test_rotation_and_mirroring_are_applied(
         wanted = expected[indices, 6:46, 10:40]
         got = decode_frames(path, indices, plan=crop)
         assert np.array_equal(got, wanted[:, :, ::-1] if flip else wanted)
-    # The same window of the resized frame, whichever way it is stored.
+    # The same window of the resized frame for any stored orientation.
     crop = CropPlan(height * 5 // 4, width * 5 // 4, 9, 21, 50, 44, flip=True)
     assert mean_difference(decode_frames(path, indices, plan=crop), expected[indices], crop) < 2.5
 
@@ -327,7 +325,7 @@ def mean_difference(got: np.ndarray, frames: np.ndarray, plan: CropPlan) -> floa
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (240, 426), (360, 640)])
-def test_resized_crops_are_torchvisions(
+def test_resized_crops_match_torchvision(
     height, width, backend, tmp_path, encode_video, decode_sequentially
 ):
     path = encode_video(
@@ -349,7 +347,7 @@ def test_resized_crops_are_torchvisions(
 
 
 @pytest.mark.parametrize("short_side", [257, 273, 313])
-def test_an_odd_height_shifts_no_colours(short_side, tmp_path, encode_video, decode_sequentially):
+def test_odd_height_does_not_shift_colors(short_side, tmp_path, encode_video, decode_sequentially):
     path = encode_video(tmp_path / "video.mp4", height=256, width=340, num_frames=2, options=H264)
     width = 340 * short_side // 256
     for top in (0, 5, short_side - 225):
@@ -359,7 +357,7 @@ def test_an_odd_height_shifts_no_colours(short_side, tmp_path, encode_video, dec
 
 
 def test_shrinking_is_antialiased(tmp_path, encode_video, decode_sequentially):
-    """Stripes finer than the small image can show turn grey instead of into coarser stripes."""
+    """Stripes too fine for the small image turn gray, not into coarser stripes."""
     path = tmp_path / "stripes.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"qp": "1"})
@@ -423,19 +421,19 @@ def test_output_array_is_filled_and_returned(plain_video):
         ([0], {"out": np.empty((1, 64, 96, 3), np.float32)}, "out must be uint8"),
     ],
 )
-def test_wrong_requests_are_explained(indices, options, message, backend, plain_video):
+def test_invalid_arguments(indices, options, message, backend, plain_video):
     with pytest.raises(ValueError, match=message):
         decode_frames(plain_video, indices, backend=backend, **options)
 
 
-def test_unknown_backend_names_the_known(plain_video):
+def test_unknown_backend_lists_backends(plain_video):
     with pytest.raises(ValueError, match="pyav, decord"):
         decode_frames(plain_video, [0], backend="opencv")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("name", ["b-pyramid.mp4", "transport.ts"])
-def test_index_past_the_end_tells_the_length(name, backend, tmp_path, encode_video):
+def test_index_past_the_end(name, backend, tmp_path, encode_video):
     path = encode_video(tmp_path / name, **KINDS[name])
     with pytest.raises(VideoDecodeError, match="only 60 frames") as raised:
         decode_frames(path, [0, 60], backend=backend)
@@ -443,7 +441,7 @@ def test_index_past_the_end_tells_the_length(name, backend, tmp_path, encode_vid
     assert raised.value.path == str(path)
 
 
-def test_probe_tells_what_the_file_holds(tmp_path, encode_video, plain_video):
+def test_probe_video(tmp_path, encode_video, plain_video):
     expected = VideoInfo(
         num_frames=60, fps=25.0, duration_seconds=2.4, width=96, height=64, codec="h264"
     )
@@ -455,8 +453,8 @@ def test_probe_tells_what_the_file_holds(tmp_path, encode_video, plain_video):
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_file_that_breaks_off(backend, tmp_path, encode_video, decode_sequentially):
-    """Frames before the break are right; one behind it is an error that names the good ones."""
+def test_truncated_file(backend, tmp_path, encode_video, decode_sequentially):
+    """Frames before the end are right; one past it is an error."""
     whole = encode_video(
         tmp_path / "whole.mp4", options=H264, muxer_options={"movflags": "faststart"}
     )
@@ -474,7 +472,7 @@ def test_file_that_breaks_off(backend, tmp_path, encode_video, decode_sequential
 
 @pytest.mark.parametrize("content", [b"", b"not a video" * 100])
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_what_is_no_video_is_one_error(content, backend, tmp_path):
+def test_not_a_video(content, backend, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(content)
     for read in (probe_video, count_decodable_frames):
@@ -484,20 +482,20 @@ def test_what_is_no_video_is_one_error(content, backend, tmp_path):
         decode_frames(path, [0], backend=backend)
 
 
-def test_missing_file_is_one_error(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(VideoDecodeError, match="No such file"):
         decode_frames(tmp_path / "none.mp4", [0])
 
 
-def test_error_survives_pickling():
-    """Workers send it to the main process."""
+def test_error_can_be_pickled():
+    """Loader workers send it to the main process."""
     error = VideoDecodeError("a.mp4", "broken", frame=3)
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.path, copy.cause, copy.frame) == ("a.mp4", "broken", 3)
     assert str(copy) == str(error) == "a.mp4, frame 3: broken"
 
 
-def test_names_that_look_like_options_or_patterns(tmp_path, plain_video, monkeypatch):
+def test_file_names_like_options_or_patterns(tmp_path, plain_video, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("-0abc.mp4", "_a b.mp4", "a%03d.mp4", "a:b.mp4", "[x]*.mp4"):
         shutil.copy(plain_video, tmp_path / name)
@@ -506,7 +504,7 @@ def test_names_that_look_like_options_or_patterns(tmp_path, plain_video, monkeyp
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_titles_in_another_encoding_do_not_matter(backend, tmp_path, plain_video):
+def test_metadata_in_another_encoding_is_ignored(backend, tmp_path, plain_video):
     path = tmp_path / "titled.mp4"
     with av.open(str(plain_video)) as reader, av.open(str(path), "w") as writer:
         writer.metadata["title"] = "PLACEHOLDER"
@@ -522,10 +520,10 @@ def test_titles_in_another_encoding_do_not_matter(backend, tmp_path, plain_video
     assert len(decode_frames(path, [3], backend=backend)) == 1
 
 
-def test_a_cover_picture_is_no_video(tmp_path):
+def test_attached_picture_is_not_a_video(tmp_path):
     path = tmp_path / "song.mp4"
     with av.open(str(path), "w") as writer:
-        sound = writer.add_stream("aac", rate=44_100)
+        audio = writer.add_stream("aac", rate=44_100)
         cover = writer.add_stream("mjpeg", rate=25)
         cover.height, cover.width, cover.pix_fmt = 64, 96, "yuvj420p"
         cover.disposition = Disposition.attached_pic
@@ -534,8 +532,8 @@ def test_a_cover_picture_is_no_video(tmp_path):
         )
         silence.sample_rate = 44_100
         picture = av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), dtype=np.uint8))
-        writer.mux([*sound.encode(silence), *cover.encode(picture)])
-        writer.mux([*sound.encode(None), *cover.encode(None)])
+        writer.mux([*audio.encode(silence), *cover.encode(picture)])
+        writer.mux([*audio.encode(None), *cover.encode(None)])
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1
     for read in (probe_video, lambda p: decode_frames(p, [0])):
@@ -543,15 +541,15 @@ def test_a_cover_picture_is_no_video(tmp_path):
             read(path)
 
 
-def test_decord_is_used_where_it_is_right(plain_video, caplog):
+def test_decord_decodes_plain_video(plain_video, caplog):
     with caplog.at_level("INFO"):
         decode_frames(plain_video, [3], backend="decord")
     assert not caplog.records
 
 
-def test_decord_that_is_missing_is_explained(plain_video, monkeypatch):
+def test_decord_not_installed(plain_video, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(ValueError, match="pip install decord, .* or use backend pyav"):
+    with pytest.raises(ValueError, match=r"pip install decord .* or use backend pyav"):
         decode_frames(plain_video, [0], backend="decord")
 
 
@@ -561,8 +559,8 @@ def resident_kilobytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_nothing_leaks(plain_video, tmp_path):
-    """Files are closed and memory stays, on success and on failure."""
+def test_no_leaks(plain_video, tmp_path):
+    """Files are closed and memory is freed, on success and on failure."""
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(plain_video.read_bytes()[:3000])
     plan = CropPlan(80, 120, 4, 4, 64, 64)

@@ -1,4 +1,4 @@
-"""The same on genuine Kinetics clips and on files that were collected because decoders trip."""
+"""Decoding of real Kinetics clips, and of files that decoders are known to get wrong."""
 
 import av
 import numpy as np
@@ -18,7 +18,7 @@ from i3d_gn.video_io.decode import (
 
 pytestmark = [pytest.mark.real_data, pytest.mark.timeout(300)]
 
-# Frames of a full decode, and what stops it; 0 for files that hold nothing to decode.
+# Frames of a full decode, and the error that stops it; 0 for files without decodable frames.
 ODD_FRAMES = {
     "audio_only.mp4": (0, "no video stream"),
     "avi_nframes_off_by_2.avi": (96, ""),
@@ -52,7 +52,7 @@ ODD_FRAMES = {
     "zero_stsc.mp4": (0, "Invalid data"),
 }
 
-# Turns that make the stored frame upright, for files that ask for any.
+# Rotation of the stored frame, for files with a display matrix.
 UPRIGHT = {
     "one_frame_rot90.mp4": lambda a: np.rot90(a, -1),
     "rotated270.mp4": lambda a: np.rot90(a, 1),
@@ -62,7 +62,7 @@ UPRIGHT = {
 
 
 def sequential(path, wanted) -> tuple[dict[int, np.ndarray], int]:
-    """The wanted frames of a plain decode, and how many there are before it ends or fails."""
+    """Requested frames of a sequential decode, and the number of frames until it ends or fails."""
     frames, count = {}, 0
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
@@ -75,13 +75,13 @@ def sequential(path, wanted) -> tuple[dict[int, np.ndarray], int]:
     return frames, count
 
 
-def test_the_list_is_complete(shared_data):
+def test_list_of_odd_files_is_complete(shared_data):
     assert sorted(ODD_FRAMES) == sorted(p.name for p in (shared_data / "odd").iterdir())
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 @pytest.mark.parametrize("name", ODD_FRAMES)
-def test_odd_files_give_right_frames_or_one_error(name, backend, shared_data):
+def test_odd_files_give_correct_frames_or_an_error(name, backend, shared_data):
     path = shared_data / "odd" / name
     num_frames, cause = ODD_FRAMES[name]
     if num_frames == 0:
@@ -107,7 +107,7 @@ def test_odd_files_give_right_frames_or_one_error(name, backend, shared_data):
     for index, frame in zip(indices, got, strict=True):
         assert np.array_equal(frame, upright(stored[index])), f"frame {index}"
 
-    # All packets are there, those that cannot be decoded too.
+    # probe_video counts packets, including those that cannot be decoded.
     assert info.num_frames > num_frames if cause else info.num_frames == num_frames
     with pytest.raises(VideoDecodeError, match=cause or "only") as raised:
         decode_frames(
@@ -121,7 +121,7 @@ def videos_of(shared_data, folder):
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
-def test_kinetics_frames_are_those_of_a_sequential_decode(backend, shared_data):
+def test_kinetics_frames_equal_sequential_decode(backend, shared_data):
     rng = np.random.default_rng(1)
     videos = videos_of(shared_data, "train") + videos_of(shared_data, "val")
     assert len(videos) == 40
@@ -154,8 +154,8 @@ def test_ten_clips_of_kinetics_videos(shared_data):
         )
 
 
-def test_resized_crops_are_near_torchvisions(shared_data):
-    """The tolerance that the documentation of ``decode_frames`` states."""
+def test_resized_crops_are_close_to_torchvision(shared_data):
+    """The tolerances are those in the docstring of `decode_frames`."""
     rng = np.random.default_rng(2)
     differences, biases = [], []
     for path in videos_of(shared_data, "train"):

@@ -1,4 +1,4 @@
-"""The index file: what is written is read, and what cannot be right is refused."""
+"""The index file: round trip, and invalid contents are refused."""
 
 import json
 import pickle
@@ -39,7 +39,7 @@ def index_path(tmp_path):
     return path
 
 
-def test_what_is_written_is_read(index_path, tmp_path):
+def test_round_trip(index_path, tmp_path):
     index = VideoIndex.load(index_path)
     assert len(index) == 3
     assert index.class_names == tuple(CLASS_NAMES)
@@ -62,7 +62,7 @@ def test_what_is_written_is_read(index_path, tmp_path):
     assert index.path_of(np.int64(1)) == videos / "b c/_x y.mkv"
 
 
-def test_other_programs_can_read_it(index_path):
+def test_columns_and_metadata(index_path):
     table = pq.read_table(index_path)
     assert table.to_pylist()[1] == {
         "video_id": "_x y",
@@ -81,20 +81,20 @@ def test_other_programs_can_read_it(index_path):
     assert metadata[b"i3d_gn.root"] == b"../videos"
 
 
-def test_a_moved_tree_keeps_working(index_path, tmp_path):
+def test_index_and_videos_can_be_moved_together(index_path, tmp_path):
     (tmp_path / "tree").rename(tmp_path / "moved")
     index = VideoIndex.load(tmp_path / "moved" / "lists" / "val.parquet")
     assert index.path_of(0) == tmp_path / "moved" / "videos" / "yoga/-abc.mp4"
 
 
-def test_another_root_can_be_given(index_path, tmp_path):
+def test_root_argument(index_path, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     assert VideoIndex.load(index_path, tmp_path / "elsewhere").root == tmp_path / "elsewhere"
-    with pytest.raises(ValueError, match=r"should lie under .*nowhere.* not a folder; pass the"):
+    with pytest.raises(ValueError, match=r"should be in .*nowhere.* not a folder; pass root="):
         VideoIndex.load(index_path, tmp_path / "nowhere")
 
 
-def test_a_pickle_is_only_the_path(index_path, tmp_path):
+def test_pickle_holds_only_the_path(index_path, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     index = VideoIndex.load(index_path, tmp_path / "elsewhere")
     pickled = pickle.dumps(index)
@@ -105,15 +105,15 @@ def test_a_pickle_is_only_the_path(index_path, tmp_path):
     assert copy.labels.tolist() == index.labels.tolist()
 
 
-def test_further_columns_are_ignored(index_path):
+def test_other_columns_are_ignored(index_path):
     table = pq.read_table(index_path)
     table = table.append_column("key_frames", pa.array([[0, 30], [0], [0]]))
     pq.write_table(table, index_path)
     assert VideoIndex.load(index_path).num_frames.tolist() == [300, 7, 1]
 
 
-def test_size_of_kinetics(tmp_path):
-    """240,000 videos load without a Python object each."""
+def test_memory_of_a_large_index(tmp_path):
+    """240,000 videos, as in Kinetics, are loaded without a Python object per video."""
     many = (
         replace(RECORD, path=f"class {i % 400}/{i:011d}_000010_000020.mp4") for i in range(240_000)
     )
@@ -129,7 +129,7 @@ def test_size_of_kinetics(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([], r"holds no video; see the report"),
+        ([], r"has no videos; see the report"),
         (
             [replace(RECORD, label=3)],
             r"yoga/-abc.mp4 has label 3, .* number of classes, 3 .*--label-map",
@@ -138,14 +138,14 @@ def test_size_of_kinetics(tmp_path):
         ([RECORD, replace(RECORD, label=1)], r"path yoga/-abc.mp4 occurs more than once"),
     ],
 )
-def test_bad_rows_are_refused(bad, message, index_path, tmp_path):
+def test_invalid_rows_are_refused(bad, message, index_path, tmp_path):
     before = index_path.read_bytes()
     with pytest.raises(ValueError, match=message):
         write_index(index_path, bad, class_names=CLASS_NAMES, root=tmp_path)
     assert index_path.read_bytes() == before
     assert list(index_path.parent.iterdir()) == [index_path]
 
-    # A file that some other program wrote so is refused as well.
+    # The same rows are refused in a file written by another program.
     table = pq.read_table(index_path)
     rows = {name: [getattr(r, name, None) for r in bad] for name in table.schema.names}
     pq.write_table(pa.table(rows, schema=table.schema), index_path)
@@ -156,16 +156,16 @@ def test_bad_rows_are_refused(bad, message, index_path, tmp_path):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("label", pa.array([0, None, 1]), "column label lacks a value in 1 rows"),
-        ("path", pa.array(["a", None, None]), "column path lacks a value in 2 rows"),
-        ("label", pa.array([0.5, 1, 2]), "column label holds double, must hold integers"),
+        ("label", pa.array([0, None, 1]), "column label has no value in 1 rows"),
+        ("path", pa.array(["a", None, None]), "column path has no value in 2 rows"),
+        ("label", pa.array([0.5, 1, 2]), "column label has type double, must be integer"),
         ("num_frames", pa.array([3, 0, 1]), "_x y.mkv has num_frames 0, must be at least 1"),
         ("width", pa.array([3, 4, -1]), "unknown.mp4 has width -1, must be at least 1"),
-        ("height", None, "lacks height; make it again"),
+        ("height", None, "lacks height; create it again"),
     ],
 )
-def test_columns_that_cannot_be_used_are_refused(column, values, message, index_path):
-    """As after a merge in another program."""
+def test_invalid_columns_are_refused(column, values, message, index_path):
+    """As written by another program."""
     table = pq.read_table(index_path)
     number = table.schema.get_field_index(column)
     if values is None:
@@ -179,43 +179,47 @@ def test_columns_that_cannot_be_used_are_refused(column, values, message, index_
 
 
 @pytest.mark.parametrize("key", ["root", "class_names"])
-def test_metadata_that_are_missing_are_named(key, index_path):
+def test_missing_metadata(key, index_path):
     table = pq.read_table(index_path)
     metadata = dict(table.schema.metadata)
     del metadata[f"i3d_gn.{key}".encode()]
     pq.write_table(table.replace_schema_metadata(metadata), index_path)
-    with pytest.raises(ValueError, match=rf"lacks i3d_gn\.{key}; make it again"):
+    with pytest.raises(ValueError, match=rf"lacks i3d_gn\.{key}; create it again"):
         VideoIndex.load(index_path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(
-        ValueError, match=r"there is no index .*none.parquet; make it with `i3d-gn index`"
+        ValueError, match=r"index not found: .*none.parquet; create it with `i3d-gn index`"
     ):
         VideoIndex.load(tmp_path / "none.parquet")
 
 
-def test_not_an_index(tmp_path, index_path):
+def test_file_is_not_an_index(tmp_path, index_path):
     text = tmp_path / "list.txt"
     text.write_text("a.mp4 0\n" * 100)
-    with pytest.raises(ValueError, match=r"list.txt is no video index \(.*\); make one") as error:
+    with pytest.raises(
+        ValueError, match=r"list.txt is not a video index \(.*\); create one"
+    ) as error:
         VideoIndex.load(text)
     assert "\n" not in str(error.value)
 
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"path": ["a"]}), other)
-    with pytest.raises(ValueError, match=r"Parquet file but no video index"):
+    with pytest.raises(ValueError, match=r"Parquet file but not a video index"):
         VideoIndex.load(other)
 
     truncated = tmp_path / "truncated.parquet"
     truncated.write_bytes(index_path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"truncated.parquet is no video index"):
+    with pytest.raises(ValueError, match=r"truncated.parquet is not a video index"):
         VideoIndex.load(truncated)
 
 
-def test_another_format_version(index_path):
+def test_unknown_format_version(index_path):
     table = pq.read_table(index_path)
     metadata = {**table.schema.metadata, b"i3d_gn.format_version": b"3"}
     pq.write_table(table.replace_schema_metadata(metadata), index_path)
-    with pytest.raises(ValueError, match=r"format version 3, this program reads 1 and 2; make it"):
+    with pytest.raises(
+        ValueError, match=r"format version 3, but only versions 1 and 2 are supported; create it"
+    ):
         VideoIndex.load(index_path)
