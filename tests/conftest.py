@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.video.config import Config, load_config
 
 # Sums over several threads have no fixed order, and these tests compare runs to the bit.
@@ -40,9 +40,9 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_process() -> World:
-    """The world of a process that runs by itself on the CPU."""
-    return World(0, 1, torch.device("cpu"))
+def one_process() -> Process:
+    """A single process on the CPU."""
+    return Process(0, 1, torch.device("cpu"))
 
 
 class MotionSet(NamedTuple):

@@ -1,4 +1,4 @@
-"""What samples and batches are, and which random numbers belong to which draw."""
+"""Samples, batches, and the streams of random numbers that they are drawn from."""
 
 import enum
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """Which draw a random number belongs to: streams never share numbers."""
+    """Stream of random numbers: draws for different purposes never share a seed."""
 
     SHUFFLE = 0
     TRAIN_CLIP = 1
@@ -18,21 +18,24 @@ class Stream(enum.IntEnum):
 
 
 class Sample(NamedTuple):
-    """One random clip to be cut: its position in the stream and its video's number."""
+    """One random sample to draw: its position in the stream, and which item (video, image)."""
 
     position: int
-    video: int
+    item: int
 
 
-class ClipBatch(NamedTuple):
-    """A micro-batch of clips as a worker sends it.
+class Batch(NamedTuple):
+    """A micro-batch of clips or images, as a loader worker sends it.
 
-    clips: uint8 (N, T, H, W, 3), RGB. labels: int64 (N,). weights: float32 (N,), 1 for a clip and
-    0 for the blank one that stands in when every clip of the batch was broken. broken: a line for
-    each clip that was left out.
+    Attributes:
+        inputs: RGB, uint8, clips (N, T, H, W, 3) or images (N, H, W, 3).
+        labels: int64 (N,).
+        weights: float32 (N,): 1 for a sample, 0 for the blank one that stands in when every sample
+            of the batch failed to decode.
+        broken: One line for each sample that failed to decode.
     """
 
-    clips: torch.Tensor
+    inputs: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     broken: tuple[str, ...]

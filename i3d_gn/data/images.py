@@ -1,4 +1,4 @@
-"""Micro-batches of still images from class folders, drawn as those of clips are."""
+"""Micro-batches of still images from class folders, sampled in the same way as clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,31 +11,31 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from i3d_gn.data.batches import ClipBatch, Sample, Stream
+from i3d_gn.data.batches import Batch, Sample, Stream
 
 _SEED_BITS = 63
 
 
 class ImageReadError(ValueError):
-    """An image that cannot be read, in one line, also where a loader's worker met it."""
+    """An image that cannot be read; a one-line message, also when raised in a loader worker."""
 
     def __init__(self, message: str) -> None:
-        # The loader makes such an error again, of the worker's traceback.
+        # The loader raises the error again in the parent, with a traceback in the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-class LabelledImages:
-    """Paths, labels and class names of a folder with a folder for each class.
+class LabeledImages:
+    """Paths, labels and class names of a folder with one subfolder per class.
 
     Class ids are positions in the sorted names, as in torchvision's `ImageFolder`.
 
     Raises:
-        ValueError: no such folder, or no class or no image in it.
+        ValueError: The folder does not exist, or has no class or no image.
     """
 
     def __init__(self, root: str | Path) -> None:
         if not Path(root).is_dir():
-            raise ValueError(f"{root}: no such folder; it should hold one folder for each class")
+            raise ValueError(f"{root}: folder not found; expected one subfolder per class")
         try:
             folder = ImageFolder(str(root))
         except FileNotFoundError as error:
@@ -49,21 +49,21 @@ class LabelledImages:
         return len(self.paths)
 
 
-class TrainingImages(Dataset[ClipBatch]):
-    """Random crops of random size and shape, flipped half the time: [GN]'s augmentation.
+class TrainingImages(Dataset[Batch]):
+    """Random resized crops and horizontal flips, the augmentation of [GN] section 4.1.
 
-    An item's key is a list of `Sample`s. Crop and flip come from torchvision's v2 transforms under
-    a seed made of (seed, stream, position), so that they depend on no worker.
+    The key of an item is a list of `Sample`s. Crop and flip come from torchvision's v2 transforms,
+    seeded by (seed, stream, position), so that they do not depend on the worker.
 
     Args:
-        images: what there is.
-        crop_size: side of the result.
-        area_min: smallest share of the image's area that a crop covers.
-        seed: of the run.
+        images: The images.
+        crop_size: Side of the square result, in pixels.
+        area_min: Smallest fraction of the image's area that a crop covers.
+        seed: Of the run.
     """
 
     def __init__(
-        self, images: LabelledImages, *, crop_size: int, area_min: float, seed: int
+        self, images: LabeledImages, *, crop_size: int, area_min: float, seed: int
     ) -> None:
         self.images = images
         self.seed = seed
@@ -74,30 +74,30 @@ class TrainingImages(Dataset[ClipBatch]):
             ]
         )
 
-    def __getitem__(self, samples: Sequence[Sample]) -> ClipBatch:
-        """The batch of these samples."""
+    def __getitem__(self, samples: Sequence[Sample]) -> Batch:
+        """The batch of `samples`, in order."""
         pixels = []
         with torch.random.fork_rng(devices=[]):
             for sample in samples:
                 torch.manual_seed(_seed_of(self.seed, Stream.TRAIN_IMAGE, sample.position))
-                pixels.append(self.transform(_read(self.images.paths[sample.video])))
-        return _batch(pixels, [self.images.labels[sample.video] for sample in samples])
+                pixels.append(self.transform(_read(self.images.paths[sample.item])))
+        return _batch(pixels, [self.images.labels[sample.item] for sample in samples])
 
 
-class CenterImages(Dataset[ClipBatch]):
-    """The centre crop after resizing to a short side, as images are validated."""
+class CenterImages(Dataset[Batch]):
+    """Center crops after resizing the short side: the images of validation."""
 
-    def __init__(self, images: LabelledImages, *, short_side: int, crop_size: int) -> None:
+    def __init__(self, images: LabeledImages, *, short_side: int, crop_size: int) -> None:
         self.images = images
         self.transform = v2.Compose(
             [v2.Resize(short_side, antialias=True), v2.CenterCrop(crop_size)]
         )
 
-    def __getitem__(self, samples: Sequence[Sample]) -> ClipBatch:
-        """The batch of these samples."""
+    def __getitem__(self, samples: Sequence[Sample]) -> Batch:
+        """The batch of `samples`, in order."""
         return _batch(
-            [self.transform(_read(self.images.paths[sample.video])) for sample in samples],
-            [self.images.labels[sample.video] for sample in samples],
+            [self.transform(_read(self.images.paths[sample.item])) for sample in samples],
+            [self.images.labels[sample.item] for sample in samples],
         )
 
 
@@ -105,17 +105,17 @@ def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # Pillow lets out whatever its parsers trip over
+    except Exception as error:  # Pillow raises whatever its parsers run into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageReadError(
             f"{path}: cannot be read as an image ({reason}); replace it"
         ) from error
 
 
-def _batch(pixels: list[Image.Image], labels: list[int]) -> ClipBatch:
-    """Images are clips without time: uint8 (N, H, W, 3)."""
-    return ClipBatch(
-        clips=torch.stack([F.pil_to_tensor(image).permute(1, 2, 0) for image in pixels]),
+def _batch(pixels: list[Image.Image], labels: list[int]) -> Batch:
+    """A batch of uint8 images (N, H, W, 3)."""
+    return Batch(
+        inputs=torch.stack([F.pil_to_tensor(image).permute(1, 2, 0) for image in pixels]),
         labels=torch.tensor(labels),
         weights=torch.ones(len(labels)),
         broken=(),
@@ -123,5 +123,5 @@ def _batch(pixels: list[Image.Image], labels: list[int]) -> ClipBatch:
 
 
 def _seed_of(*key: int) -> int:
-    """A seed for torch's generator, which takes one number, of a key."""
+    """One number from several, which is what torch's generator takes as a seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> (64 - _SEED_BITS)

@@ -1,12 +1,12 @@
-"""Which samples form which micro-batch, in which order.
+"""Which samples form which micro-batch, and in which order.
 
-    positions  0 1 2 3 | 4 5 6 7 | 8 ...      endless, shuffled anew each epoch
-    step       0                 | 1          global_batch_size = 8
-    micro-batch 0      | 1       | 2 ...      clips_per_gpu = 4
-    rank       0       | 1       | 0          two processes take turns
+    positions   0 1 2 3 | 4 5 6 7 | 8 ...      endless, reshuffled every epoch
+    step        0                 | 1          global_batch_size = 8
+    micro-batch 0       | 1       | 2 ...      micro_batch_size = 4
+    rank        0       | 1       | 0          two ranks take turns
 
-The assignment depends on the seed and on the two sizes alone, so that a run can stop at any step
-and go on with another number of workers.
+The assignment depends on the seed and the two sizes alone, so that a run can stop at any step and
+resume with another number of workers.
 """
 
 import math
@@ -18,86 +18,86 @@ from torch.utils.data import Sampler
 from i3d_gn.data.batches import Sample, Stream
 
 
-def micro_batches_per_process(
-    *, global_batch_size: int, clips_per_gpu: int, world_size: int
+def micro_batches_per_rank(
+    *, global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> int:
-    """Micro-batches that one process accumulates in a step.
+    """Micro-batches that one rank accumulates in an optimizer step.
 
     Raises:
-        ValueError: the global batch does not divide evenly.
+        ValueError: The global batch does not split evenly.
     """
-    clips_at_once = clips_per_gpu * world_size
-    if global_batch_size % clips_at_once:
+    samples_at_once = micro_batch_size * world_size
+    if global_batch_size % samples_at_once:
         raise ValueError(
-            f"a global batch of {global_batch_size} clips cannot be dealt out evenly to "
-            f"{world_size} processes of {clips_per_gpu} clips; make train.global_batch_size a "
-            f"multiple of {clips_at_once} or use another number of processes"
+            f"a global batch of {global_batch_size} samples does not split evenly across "
+            f"{world_size} ranks with micro-batches of {micro_batch_size}; use a global batch that "
+            f"is a multiple of {samples_at_once}, or another number of ranks"
         )
-    return global_batch_size // clips_at_once
+    return global_batch_size // samples_at_once
 
 
 class ShuffledMicroBatches(Sampler[list[Sample]]):
-    """The micro-batches of one process from `first_step` up to, not including, `last_step`."""
+    """The micro-batches of one rank for steps `first_step` to `last_step` (excluded)."""
 
     def __init__(
         self,
-        num_videos: int,
+        num_items: int,
         *,
         seed: int,
         global_batch_size: int,
-        clips_per_gpu: int,
+        micro_batch_size: int,
         rank: int,
         world_size: int,
         first_step: int,
         last_step: int,
     ) -> None:
-        self.num_videos = num_videos
+        self.num_items = num_items
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.clips_per_gpu = clips_per_gpu
+        self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
         self.last_step = last_step
-        self.micro_batches = micro_batches_per_process(
+        self.micro_batches = micro_batches_per_rank(
             global_batch_size=global_batch_size,
-            clips_per_gpu=clips_per_gpu,
+            micro_batch_size=micro_batch_size,
             world_size=world_size,
         )
 
     def __len__(self) -> int:
-        """Micro-batches of this process."""
+        """Number of micro-batches of this rank."""
         return (self.last_step - self.first_step) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        """Lists of `clips_per_gpu` samples."""
+        """Yield lists of `micro_batch_size` samples."""
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.first_step, self.last_step):
-            for turn in range(self.micro_batches):
-                micro_batch = turn * self.world_size + self.rank
-                first = step * self.global_batch_size + micro_batch * self.clips_per_gpu
+            for i in range(self.micro_batches):
+                micro_batch = i * self.world_size + self.rank
+                first = step * self.global_batch_size + micro_batch * self.micro_batch_size
                 samples = []
-                for position in range(first, first + self.clips_per_gpu):
-                    if position // self.num_videos != epoch:
-                        epoch = position // self.num_videos
+                for position in range(first, first + self.micro_batch_size):
+                    if position // self.num_items != epoch:
+                        epoch = position // self.num_items
                         rng = np.random.default_rng((self.seed, Stream.SHUFFLE, epoch))
-                        order = rng.permutation(self.num_videos)
-                    samples.append(Sample(position, int(order[position % self.num_videos])))
+                        order = rng.permutation(self.num_items)
+                    samples.append(Sample(position, int(order[position % self.num_items])))
                 yield samples
 
 
-class EachVideoOnce(Sampler[list[Sample]]):
-    """One clip of every video, dealt to the processes in turn; the last batches may be smaller."""
+class EachItemOnce(Sampler[list[Sample]]):
+    """Every item once, split across ranks round-robin; a rank's last batch may be smaller."""
 
-    def __init__(self, num_videos: int, *, clips_per_gpu: int, rank: int, world_size: int) -> None:
-        self.videos = range(rank, num_videos, world_size)
-        self.clips_per_gpu = clips_per_gpu
+    def __init__(self, num_items: int, *, batch_size: int, rank: int, world_size: int) -> None:
+        self.items = range(rank, num_items, world_size)
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
-        """Micro-batches of this process."""
-        return math.ceil(len(self.videos) / self.clips_per_gpu)
+        """Number of batches of this rank."""
+        return math.ceil(len(self.items) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        """Lists of at most `clips_per_gpu` samples."""
-        for first in range(0, len(self.videos), self.clips_per_gpu):
-            yield [Sample(v, v) for v in self.videos[first : first + self.clips_per_gpu]]
+        """Yield lists of at most `batch_size` samples."""
+        for first in range(0, len(self.items), self.batch_size):
+            yield [Sample(item, item) for item in self.items[first : first + self.batch_size]]

@@ -1,4 +1,4 @@
-"""From uint8 clips in host memory to what a network takes, on its device."""
+"""From uint8 clips or images in host memory to the network's input, on its device."""
 
 import contextlib
 from typing import Literal
@@ -10,14 +10,15 @@ from i3d_gn.data.transforms import normalize_clips
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-class DeviceClips:
-    """Moves clips to the device and normalises them there.
+class ToDevice:
+    """Moves a batch to the device and normalizes it there.
 
     Args:
-        device: Where the network is.
-        mean, std: RGB of a 0..1 range; they belong to the network's weights.
+        device: The network's.
+        mean, std: RGB in [0, 1]; they belong to the network's weights.
         precision: Of the network's arithmetic.
-        channels_last: Whether clips come out channels_last_3d, or contiguous.
+        channels_last: Whether clips come out in channels_last_3d or contiguous; images are always
+            channels_last.
     """
 
     def __init__(
@@ -35,12 +36,15 @@ class DeviceClips:
         self.precision: Precision = precision
         self.channels_last = channels_last
 
-    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, T, H, W, 3) on any device -> float (N, 3, T, H, W)."""
-        clips = clips.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
-        if not self.channels_last:
-            clips = clips.contiguous()
-        return normalize_clips(clips, self.mean, self.std, dtype=torch.float32)
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """uint8 clips (N, T, H, W, 3) or images (N, H, W, 3), on any device -> float32, normalized.
+
+        Returns:
+            (N, 3, T, H, W), or (N, 3, H, W) for images.
+        """
+        if inputs.dim() == 4:
+            return self._clips(inputs[:, None], channels_last=True).squeeze(2)
+        return self._clips(inputs, channels_last=self.channels_last)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the network runs."""
@@ -49,10 +53,8 @@ class DeviceClips:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return torch.autocast(self.device.type, dtype=dtype)
 
-
-class DeviceImages(DeviceClips):
-    """Moves images to the device and normalises them there; arguments are `DeviceClips`'."""
-
-    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, H, W, 3) on any device -> float (N, 3, H, W), channels_last."""
-        return super().__call__(clips[:, None]).squeeze(2)
+    def _clips(self, clips: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
+        clips = clips.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)
+        if not channels_last:
+            clips = clips.contiguous()
+        return normalize_clips(clips, self.mean, self.std, dtype=torch.float32)

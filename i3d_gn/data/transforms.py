@@ -19,7 +19,6 @@ __all__ = [
     "CropPlan",
     "SpatialMode",
     "evaluation_crops",
-    "frames_to_clip",
     "normalize_clips",
     "random_crop_plan",
 ]
@@ -130,17 +129,6 @@ def evaluation_crops(
         return plan, [(i * top, 0, size, size) for i in range(3)]
     plan = CropPlan(resize_height, resize_width, top, 0, size, 2 * left + size)
     return plan, [(0, i * left, size, size) for i in range(3)]
-
-
-def frames_to_clip(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Decoded frames ``(T, H, W, 3)`` as a clip ``(3, T, H, W)``: a view, nothing is copied.
-
-    Stacked to a batch ``(N, 3, T, H, W)`` such clips are in ``channels_last_3d`` memory format.
-    """
-    if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames have shape {tuple(frames.shape)}, must be (T, H, W, 3)")
-    tensor = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames
-    return tensor.permute(3, 0, 1, 2)
 
 
 def normalize_clips(

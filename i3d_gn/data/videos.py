@@ -1,7 +1,7 @@
-"""Datasets over an index: random clips to train on, whole videos to test on.
+"""Datasets over a video index: random clips for training, whole videos for testing.
 
-An item of either is a function of the video and of numbers that come with the request, never of
-the worker that happens to serve it.
+An item is a function of the video and of the numbers in the request, never of the worker that
+serves it.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,29 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from i3d_gn.data.batches import ClipBatch, Sample, Stream
+from i3d_gn.data.batches import Batch, Sample, Stream
 from i3d_gn.data.clips import clip_indices, random_start, spaced_starts, union_of_clips
 from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 from i3d_gn.video_io.index import VideoIndex
 
 
-class RandomClips(Dataset[ClipBatch]):
-    """Random clips with the training augmentation, a micro-batch at a time.
+class RandomClips(Dataset[Batch]):
+    """Random clips with the training augmentation, one micro-batch at a time.
 
-    An item's key is a list of `Sample`s. Clip start, scale, crop and flip of a sample come from a
-    generator seeded by (seed, stream, *salt, position), so that two runs see the same clips
-    whatever their workers.
+    The key of an item is a list of `Sample`s. Start, scale, crop and flip of a clip come from a
+    generator seeded by (seed, stream, salt, position), so that two runs see the same clips whatever
+    their workers and ranks.
 
     Args:
         index: The videos.
-        num_frames, stride: Frames of a clip, and from one to the next.
-        short_side: Smallest and largest short side a frame is resized to, in pixels.
-        crop_size: Side of the square cut from it, in pixels.
+        num_frames: Frames per clip, T.
+        stride: Frames of the video from one frame of the clip to the next.
+        short_side: Smallest and largest short side that frames are resized to, in pixels.
+        crop_size: Side of the square crop, in pixels.
         flip_probability: Of a horizontal flip.
         backend: Decoder, see `decode_frames`.
-        seed, stream, salt: What seeds the draws, besides the position.
+        seed, stream, salt: Seed of the random numbers, together with the position.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class RandomClips(Dataset[ClipBatch]):
         """Number of videos."""
         return len(self.index)
 
-    def __getitem__(self, samples: Sequence[Sample]) -> ClipBatch:
-        """The clips of `samples`, in their order; broken ones are left out and named."""
+    def __getitem__(self, samples: Sequence[Sample]) -> Batch:
+        """The clips of `samples`, in order; those that fail to decode are skipped and reported."""
         size = self.crop_size
         clips = torch.empty(len(samples), self.num_frames, size, size, 3, dtype=torch.uint8)
         labels: list[int] = []
@@ -76,19 +77,17 @@ class RandomClips(Dataset[ClipBatch]):
             except VideoDecodeError as error:
                 broken.append(str(error))
             else:
-                labels.append(int(self.index.labels[sample.video]))
-        if not labels:  # the network still runs: in DDP the other processes wait for it
+                labels.append(int(self.index.labels[sample.item]))
+        if not labels:  # the network still runs on a blank clip: in DDP the other ranks wait for it
             blank = torch.zeros_like(clips[:1])
-            return ClipBatch(
-                blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1), tuple(broken)
-            )
-        return ClipBatch(
+            return Batch(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1), tuple(broken))
+        return Batch(
             clips[: len(labels)], torch.tensor(labels), torch.ones(len(labels)), tuple(broken)
         )
 
     def _decode(self, sample: Sample, *, out: np.ndarray) -> None:
         rng = np.random.default_rng((self.seed, self.stream, self.salt, sample.position))
-        index, video = self.index, sample.video
+        index, video = self.index, sample.item
         length = int(index.num_frames[video])
         start = random_start(length, num_frames=self.num_frames, stride=self.stride, rng=rng)
         plan = random_crop_plan(
@@ -107,11 +106,15 @@ class RandomClips(Dataset[ClipBatch]):
 
 
 class TestVideo(NamedTuple):
-    """All that a network needs to test one video.
+    """Everything a network needs to test one video.
 
-    frames: uint8 (U, H, W, 3), each needed frame once. clips: int64 (clips, T), rows of numbers
-    into `frames`. crops: (top, left, height, width) in pixels, applied to every clip.
-    broken: why there are no frames, or None.
+    Attributes:
+        video: Number of the video in the index.
+        label: Its class, -1 if unknown.
+        frames: uint8 (U, H, W, 3), each frame that any clip needs once.
+        clips: int64 (num_clips, T), positions in `frames`.
+        crops: (top, left, height, width) in pixels, applied to every clip.
+        broken: Why there are no frames, or None.
     """
 
     __test__ = False
@@ -125,16 +128,16 @@ class TestVideo(NamedTuple):
 
 
 class TestVideos(Dataset[TestVideo]):
-    """Videos with the frames of their evenly spaced clips, each decoded once.
+    """Videos with the frames of their evenly spaced test clips, each frame decoded once.
 
     Args:
         index: The videos.
         num_clips, num_frames, stride, spacing: See `spaced_starts`.
-        align_starts: Move each start back to a multiple of `stride`. Clips then share more frames,
-            at stride 2 about half of them need no decoding; not what the paper does.
-        short_side: Of the resized frame, in pixels.
+        align_starts: Round each start down to a multiple of `stride`. Clips then share more frames,
+            and at stride 2 only about half as many need decoding; the paper does not do this.
+        short_side: Short side that frames are resized to, in pixels.
         spatial: "full" | "three_crop" | "center", see `evaluation_crops`.
-        crop_size: Side of the crops of the last two, in pixels.
+        crop_size: Side of the crops of "three_crop" and "center", in pixels.
         backend: Decoder, see `decode_frames`.
     """
 

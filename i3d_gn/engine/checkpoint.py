@@ -1,6 +1,5 @@
-"""Checkpoints: atomic, loaded without running code, carrying what testing needs."""
+"""Checkpoints: written atomically, loaded without running code, complete enough for testing."""
 
-import hashlib
 import os
 import pickle
 import re
@@ -9,12 +8,14 @@ from typing import Any
 
 import torch
 
+from i3d_gn.files import atomic_output
+
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, in one line."""
+    """A checkpoint that cannot be used; a one-line message."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -30,15 +31,12 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(folder: Path, *, step: int, contents: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` atomically; then remove all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the checkpoint of `step` atomically, then delete all but the newest `keep`."""
     path = checkpoint_path(folder, step)
-    temporary = folder / f".{path.name}.tmp"
-    with temporary.open("wb") as file:
+    with atomic_output(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, "step": step, **contents}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -58,10 +56,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU (`weights_only`: no code of the file is run).
+    """Load a checkpoint of this package onto the CPU (`weights_only`: runs no code of the file).
 
     Raises:
-        CheckpointError: file missing, unreadable, or not a checkpoint of this package.
+        CheckpointError: The file is missing, unreadable, or not a checkpoint of this package.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,7 +67,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         hint = f"; the newest checkpoint in it is {found}" if found else ""
         raise CheckpointError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: checkpoint not found")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -77,21 +75,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not a checkpoint of i3d_gn (format {FORMAT}); "
-            "to start from 2-D weights set model.weights instead"
+            f"{path}: not a checkpoint of i3d_gn (format {FORMAT}); weights in other formats can "
+            "be inflated or loaded as starting weights, but not resumed or tested"
         )
     return contents
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any], *, path: str | Path) -> None:
-    """Fill `model` from a checkpoint's state, all of it or not at all.
+    """Load the state of a checkpoint into `model`, all of it or nothing.
 
     Raises:
-        CheckpointError: a key or a shape differs; the first ones are named.
+        CheckpointError: A key or a shape differs; the message names the first ones.
     """
     own = model.state_dict()
-    problems = [f"lacks {key}" for key in own if key not in state]
-    problems += [f"has unknown {key}" for key in state if key not in own]
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is unknown" for key in state if key not in own]
     problems += [
         f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
         for key in own
@@ -99,16 +97,5 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], *, path: str
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{path}: does not fit the model of this config: {'; '.join(problems[:3])}{more}"
-        )
+        raise CheckpointError(f"{path}: does not match the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

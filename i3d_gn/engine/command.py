@@ -1,7 +1,12 @@
-"""How a command ends: an exit status, and errors as one line. No torch, so that help is quick."""
+"""What commands share: options, logging, exit status. No torch, so that help is quick."""
 
+import argparse
+import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from i3d_gn.engine.host_memory import keep_freed_memory
 
 
 class NonFiniteLossError(RuntimeError):
@@ -25,3 +30,17 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
+
+
+def config_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser of CONFIG and `key=value` overrides, for `parse_intermixed_args`."""
+    parser = argparse.ArgumentParser(prog=f"i3d-gn {name}", description=description)
+    parser.add_argument("config", type=Path, help=f"YAML file, e.g. {example}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change config values")
+    return parser
+
+
+def start_logging() -> None:
+    """Log progress on stderr, and let the process keep the memory that large tensors free."""
+    keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -1,7 +1,8 @@
-"""The process group of a `torchrun` launch, or of the one process there is."""
+"""The process group of a `torchrun` launch; every function also works in a single process."""
 
 import contextlib
 import datetime
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,69 +12,75 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all: `rank` of `size`, computing on `device`."""
+class Process:
+    """This process: `rank` of `world_size`, computing on `device`."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes what is written once."""
+        """Whether this is rank 0, which prints and writes everything that is written once."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
-def join_world() -> Iterator[World]:
-    """Join the group that torchrun's environment describes; leave it at the end.
+def init_process_group() -> Iterator[Process]:
+    """Join the process group that torchrun's environment describes, and leave it at the end.
 
-    NCCL carries tensors between GPUs, gloo between CPUs. Without torchrun's variables the world
-    has one process and no group is made.
+    NCCL connects GPUs, gloo CPUs. Without torchrun's variables there is one process and no group.
+    Ranks other than 0 log warnings only.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if size > 1:
+    if rank:
+        logging.getLogger("i3d_gn").setLevel(logging.WARNING)
+    if world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            # Ranks wait for one another's last test videos longer than for a gradient.
+            # Ranks wait longer for one another's last test videos than for a gradient.
             timeout=datetime.timedelta(hours=1),
         )
     try:
-        yield World(rank, size, device)
+        yield Process(rank, world_size, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def sum_over_world(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum of `values` over all processes (in place)."""
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum `values` over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def same_everywhere(value: int, world: World) -> bool:
-    """Whether all processes bring the same number."""
-    if not dist.is_initialized():
-        return True
-    largest = torch.tensor([value, -value], device=world.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Maximum of `values` over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def is_equal_on_all_ranks(value: int, process: Process) -> bool:
+    """Whether all ranks pass the same number."""
+    largest = all_reduce_max(torch.tensor([value, -value], device=process.device))
     return int(largest[0]) == -int(largest[1])
 
 
-def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite `tensors` with those of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def wait_for_all() -> None:
-    """Return when every process has come here."""
+def barrier() -> None:
+    """Wait until every rank arrives here."""
     if dist.is_initialized():
         dist.barrier()

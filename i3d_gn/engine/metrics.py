@@ -1,4 +1,4 @@
-"""Top-k accuracy, over clips in training and over videos in testing."""
+"""Loss and top-k accuracy: over samples during training, over videos in testing."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from i3d_gn.engine.distributed import sum_over_world
+from i3d_gn.engine.distributed import all_reduce_sum
 
 
-class RunningMetrics:
-    """Loss, top-1 and top-5 over clips, summed on the device and read once in a while."""
+class ClassificationMetrics:
+    """Loss, top-1 and top-5 over samples, summed on the device and read once per log line."""
 
     def __init__(self, device: torch.device) -> None:
-        # loss sum, top-1 hits, top-5 hits, clips, clips left out. float64: counts stay exact.
+        # Sum of losses, top-1 hits, top-5 hits, samples, broken samples. float64: counts are exact.
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def update(
@@ -34,35 +34,35 @@ class RunningMetrics:
         self._sums[4] += num_broken
 
     def read_and_reset(self) -> dict[str, float]:
-        """`loss`, `top1`, `top5` (percent), `clips`, `broken` over all processes."""
-        loss, top1, top5, clips, broken = sum_over_world(self._sums.clone()).tolist()
+        """`loss`, `top1`, `top5` (percent), `samples` and `broken` over all ranks."""
+        loss, top1, top5, samples, broken = all_reduce_sum(self._sums.clone()).tolist()
         self._sums.zero_()
-        count = max(clips, 1.0)
+        count = max(samples, 1.0)
         return {
             "loss": loss / count,
             "top1": 100 * top1 / count,
             "top5": 100 * top5 / count,
-            "clips": int(clips),
+            "samples": int(samples),
             "broken": int(broken),
         }
 
     def state(self) -> list[float]:
-        """The sums over all processes since they were last read."""
-        return sum_over_world(self._sums.clone()).tolist()
+        """The sums over all ranks since they were last read."""
+        return all_reduce_sum(self._sums.clone()).tolist()
 
     def load_state(self, state: list[float]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`, on rank 0 if there are several."""
         self._sums.copy_(torch.tensor(state, dtype=torch.float64))
 
 
 def topk_hits(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
-    """(N, k) booleans: whether the k-th best of scores (N, K) is the label (N,)."""
+    """(N, k) booleans: whether the k-th best class of scores (N, K) is the label (N,)."""
     return scores.topk(k, dim=1).indices == labels[:, None]
 
 
 @dataclass(frozen=True)
 class VideoMetrics:
-    """Accuracy over videos, percent."""
+    """Accuracy over videos, in percent."""
 
     top1: float
     top5: float
@@ -75,16 +75,16 @@ def video_metrics(
 ) -> VideoMetrics:
     """Accuracy of scores (V, K) against labels (V,).
 
-    Of classes with equal scores the one with the smaller id ranks first. The mean class accuracy
+    Among classes with equal scores the one with the smaller id ranks first. The mean class accuracy
     averages over the classes that occur in `labels`.
 
     Raises:
-        ValueError: no videos, or numbers of rows that differ.
+        ValueError: There are no videos, or not as many labels as rows of scores.
     """
     if len(scores) != len(labels) or not len(labels):
         raise ValueError(
-            f"{len(scores)} rows of scores for {len(labels)} labels; "
-            "metrics need one row a video, and a video at least"
+            f"{len(scores)} rows of scores for {len(labels)} labels; expected one row per video, "
+            "and at least one video"
         )
     ranked = np.argsort(-scores, axis=1, kind="stable")
     hits = ranked[:, :5] == np.asarray(labels)[:, None]

@@ -1,27 +1,45 @@
-"""What a run writes while it runs: lines of JSON, TensorBoard events, lines for the reader."""
+"""The log of a run: lines of JSON, and TensorBoard events."""
+
+from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from i3d_gn.files import write_text
 
 
 class RunLog:
-    """`log.jsonl` and `tensorboard/` under `output_dir`, continued after `last_step`.
+    """`log.jsonl` and `tensorboard/` under `output_dir`; a context manager.
 
-    Lines of later steps, which a stopped run wrote after its last checkpoint, are removed, so that
-    a resumed run's log equals an uninterrupted one's in all but `timing`.
+    Lines after `last_step`, which a stopped run wrote after its last checkpoint, are removed, so
+    that the log of a resumed run equals that of an uninterrupted one in everything but `timing`.
+
+    Args:
+        output_dir: Of the run.
+        last_step: Optimizer steps done when the run resumes.
+        enabled: False on all ranks but 0, where nothing is written.
     """
 
-    def __init__(self, output_dir: Path, *, last_step: int) -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, output_dir: Path, *, last_step: int, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        # Imports torch, which reading a log does not need.
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
         self.path = output_dir / "log.jsonl"
         kept = [line for line in read_log(self.path) if line["step"] <= last_step]
-        write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=last_step + 1)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def write(
         self, kind: str, step: int, values: dict[str, Any], timing: dict[str, float] | None = None
@@ -30,10 +48,12 @@ class RunLog:
 
         Args:
             kind: "train", "val" or "test".
-            step: Optimiser steps done.
-            values: What the seed decides.
-            timing: What depends on the machine; kept apart.
+            step: Optimizer steps done.
+            values: Results, which are a function of config and seed.
+            timing: Measurements, which depend on the machine.
         """
+        if not self.enabled:
+            return
         line = {"kind": kind, "step": step, **values, **({"timing": timing} if timing else {})}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -42,21 +62,23 @@ class RunLog:
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Bring both to the disk, so that no checkpoint outlives the lines before it.
+        """Write everything to disk: no checkpoint may be newer than the log lines before it.
 
         TensorBoard's writer has a queue and, with TensorFlow installed, a buffer of two minutes.
         """
-        os.fsync(self._file.fileno())
-        self._tensorboard.flush()
+        if self.enabled:
+            os.fsync(self._file.fileno())
+            self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        self._tensorboard.close()
+        """Flush and close."""
+        if self.enabled:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line cut off by a crash is left out."""
+    """The lines of a `log.jsonl`, up to the first one that is cut off or damaged."""
     if not path.is_file():
         return []
     lines = []
@@ -66,10 +88,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""A YAML file as a typed, checked, frozen dataclass, whatever it configures.
+"""A YAML file as a typed, checked, frozen dataclass.
 
-Anything misspelt or mistyped is one `ConfigError` that names the file, the line, the key and what
-would be right.
+A misspelled key or a value of the wrong type is one `ConfigError` that names the file, the line,
+the key, and the nearest valid key.
 """
 
 import dataclasses
@@ -20,22 +20,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 ConfigT = TypeVar("ConfigT")
 
-# Keys that may change between a run and its continuation: they change no result.
-MACHINE_KEYS = frozenset(
-    {
-        "output_dir",
-        "data.num_workers",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.checkpoint_every_epochs",
-        "train.keep_checkpoints",
-        "test.clips_per_forward",
-    }
-)
+_MACHINE = "machine"
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used, in one line."""
+    """A config that cannot be used; a one-line message."""
+
+
+def machine_key(default: Any) -> Any:
+    """A dataclass field that belongs to the machine, not to the experiment: it changes no result.
+
+    Such keys may differ when a run resumes, and do not count in `differences` and `config_hash`.
+    """
+    return dataclasses.field(default=default, metadata={_MACHINE: True})
 
 
 def load_typed(
@@ -47,12 +44,12 @@ def load_typed(
     """Read a YAML file as the dataclass `schema`, apply `key=value` overrides, `check` it.
 
     Raises:
-        ConfigError: file missing or not YAML; key unknown, mistyped or left out; what `check`
-            raises.
+        ConfigError: The file is missing or not YAML; a key is unknown, missing or has a wrong type;
+            or what `check` raises.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+        raise ConfigError(f"config file not found: {path}")
     try:
         text = path.read_text(encoding="utf-8")
         root, values = yaml.compose(text), OmegaConf.create(text)
@@ -63,7 +60,7 @@ def load_typed(
     lines: dict[str, int] = {}
     for key, line in _key_lines(root):
         _check_key(key, f"{path}:{line}", schema)
-        if key in lines:  # once nested, once with a dot
+        if key in lines:  # once nested, once dotted
             raise ConfigError(f"{path}:{line}: {key} was already set in line {lines[key]}")
         lines[key] = line
     merged = _writable_schema(schema)
@@ -84,7 +81,7 @@ def load_typed(
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{path}: no value for {', '.join(missing)}")
+            raise ConfigError(f"{path}: missing value for {', '.join(missing)}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
@@ -105,33 +102,36 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """SHA-256 of everything in the config that can change a result."""
-    values = {k: v for k, v in _flatten(to_dict(config)) if k not in MACHINE_KEYS}
+    machine = _machine_keys(type(config))
+    values = {k: v for k, v in _flatten(to_dict(config)) if k not in machine}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: dict[str, Any], new: Any, *, section: str = "") -> list[str]:
-    """`key: old -> new` for every key under `section` that can change a result and does."""
-    before, after = dict(_flatten(old)), dict(_flatten(to_dict(new)))
+def differences(old: dict[str, Any], new: dict[str, Any], schema: type) -> list[str]:
+    """`key: old -> new` for every key that differs and can change a result."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if key.startswith(section) and key not in MACHINE_KEYS and before.get(key) != after.get(key)
+        for key in sorted((before.keys() | after.keys()) - _machine_keys(schema))
+        if before.get(key) != after.get(key)
     ]
 
 
 def check_numbers(
     config: Any,
-    path: Path,
+    where: str,
     *,
     at_least_1: Sequence[str] = (),
     positive: Sequence[str] = (),
     not_negative: Sequence[str] = (),
     up_to_1: Sequence[str] = (),
 ) -> None:
-    """Check the ranges of numbers, and of all numbers of a list, by their keys.
+    """Check the ranges of numbers, or of all numbers of a list, by their keys; None is valid.
+
+    `where` stands before the key in messages.
 
     Raises:
-        ConfigError: a number, not None, is out of its range, infinite or not a number.
+        ConfigError: A number is out of range, infinite or NaN.
     """
     rules: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
         (at_least_1, lambda number: number >= 1, "be at least 1"),
@@ -144,7 +144,7 @@ def check_numbers(
             value = attrgetter(key)(config)
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not (holds(number) and math.isfinite(number)):
-                    raise ConfigError(f"{path}: {key} is {number}; it must {rule}")
+                    raise ConfigError(f"{where}{key} is {number}; it must {rule}")
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,7 +157,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _writable_schema(schema: type) -> Any:
     structured = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(structured, False)  # frozen dataclasses come out read-only
+    OmegaConf.set_readonly(
+        structured, False
+    )  # OmegaConf makes those of frozen dataclasses read-only
     for section in _sections(schema):
         OmegaConf.set_readonly(structured[section], False)
     return structured
@@ -170,14 +172,14 @@ def _plain(values: Any) -> dict[str, Any]:
 
 
 def _assign(config: Any, key: str, value: Any, where: str, schema: type) -> None:
-    """Set `key` of `config`, which knows its type; `where` is where the value was given."""
+    """Set `key` of the typed `config`; `where` says where the value comes from."""
     _check_key(key, where, schema)
     if key in _sections(schema):
-        raise ConfigError(f"{where}: {key} is {value!r}; it is a section, set {key}.<key> instead")
+        raise ConfigError(f"{where}: {key} is {value!r}; it is a section; set {key}.<key> instead")
     try:
         OmegaConf.update(config, key, value)
     except (OmegaConfBaseException, TypeError) as error:
-        # OmegaConf leaves its template unfilled where an element of a tuple is wrong.
+        # OmegaConf does not fill in its message template if an element of a tuple is wrong.
         reason = _first_line(error).replace("$VALUE_TYPE", type(value).__name__)
         reason = reason.replace("$VALUE", str(value))
         raise ConfigError(f"{where}: {key}: {reason}") from error
@@ -188,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _sections(schema: type) -> dict[str, Any]:
-    """Name -> dataclass of the keys that have keys below them."""
+    """Sections of the config: name -> dataclass."""
     return {f.name: f.type for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.type)}
 
 
@@ -197,6 +199,17 @@ def _known_keys(schema: type) -> set[str]:
     for name, section in _sections(schema).items():
         keys |= {f"{name}.{inner.name}" for inner in dataclasses.fields(section)}
     return keys
+
+
+def _machine_keys(schema: type) -> set[str]:
+    """Keys made by `machine_key`."""
+    named = [("", schema), *((f"{name}.", section) for name, section in _sections(schema).items())]
+    return {
+        f"{prefix}{field.name}"
+        for prefix, section in named
+        for field in dataclasses.fields(section)
+        if _MACHINE in field.metadata
+    }
 
 
 def _key_lines(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -221,4 +234,4 @@ def _check_key(key: str, where: str, schema: type) -> None:
     section = key.rpartition(".")[0]
     beside = sorted(k for k in known if k.rpartition(".")[0] == section)
     keys = beside or sorted(k for k in known if "." not in k)
-    raise ConfigError(f"{where}: unknown key {key!r}; there are {', '.join(keys)}")
+    raise ConfigError(f"{where}: unknown key {key!r}; valid keys are {', '.join(keys)}")

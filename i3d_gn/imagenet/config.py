@@ -1,4 +1,4 @@
-"""The config of ImageNet training; the defaults are [GN] section 4.1."""
+"""Configuration of an ImageNet run; the defaults are those of [GN] section 4.1."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed
-from i3d_gn.video.config import check_sgd
+from i3d_gn.engine.recipe import check_optimizer_values
+from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, machine_key
 
 
 @dataclass(frozen=True)
 class ImageModelConfig:
-    """Which network."""
+    """The network."""
 
     name: Literal["resnet50", "resnet101", "vgg16", "resnet_tiny"] = "resnet50"
     num_classes: int = 1000
     norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"
-    num_groups: int | None = None  # of gn; 32 (resnet_tiny: 8) unless channels_per_group is given
+    num_groups: int | None = None  # of gn; see `default_num_groups`
     channels_per_group: int | None = None
-    r_max: float | None = None  # of brn; neither limit: Ioffe's, with their schedule
+    r_max: float | None = None  # of brn; None for both: Ioffe's limits and schedule
     d_max: float | None = None
     kernel_norm: Literal["weight_norm", "weight_standardization"] | None = None
     zero_init_last_norm: bool = True
@@ -27,26 +27,26 @@ class ImageModelConfig:
 
 @dataclass(frozen=True)
 class ImageDataConfig:
-    """Folders of class folders, and what becomes of an image."""
+    """The images (one subfolder per class), and their crops."""
 
     train_folder: str = MISSING
     val_folder: str = MISSING
-    num_workers: int | None = None  # per process; None: the cores this process may use
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB of 0..1
+    num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_size: int = 224
-    area_min: float = 0.08  # smallest share of an image that a training crop covers
+    area_min: float = 0.08  # smallest fraction of an image that a training crop covers
     val_short_side: int = 256
 
 
 @dataclass(frozen=True)
 class ImageTrainConfig:
-    """The optimiser's recipe and the bookkeeping."""
+    """The recipe, in epochs."""
 
     epochs: int = 100
-    images_per_gpu: int = 32  # what BN's statistics see
-    num_gpus: int = 8  # of the experiment, however many there are; their product is the batch
-    images_per_forward: int | None = None  # of a process at once; None: all of its share
+    images_per_gpu: int = 32  # the batch of BN's statistics
+    num_gpus: int = 8  # of the experiment, on any number of GPUs; global batch = product
+    images_per_forward: int | None = None  # per rank at once; None: all of its share of a step
     lr: float = 0.1  # at a batch of lr_batch_size; scaled linearly from there
     lr_batch_size: int = 256
     milestones: tuple[int, ...] = (30, 60, 90)  # epochs after which lr is multiplied by 0.1
@@ -57,18 +57,18 @@ class ImageTrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
-    log_every: int = 100
-    checkpoint_every_epochs: int = 1
-    keep_checkpoints: int = 2
+    log_every: int = machine_key(100)
+    checkpoint_every_epochs: int = machine_key(1)
+    keep_checkpoints: int = machine_key(2)
 
     @property
     def global_batch_size(self) -> int:
-        """Images of an optimiser step."""
+        """Images per optimizer step."""
         return self.images_per_gpu * self.num_gpus
 
     @property
     def epochs_of_median(self) -> int:
-        """Last epochs over which the error is the median: 5, or what follows the last milestone."""
+        """Epochs whose median error is reported: the last 5, or those after the last milestone."""
         after_last_drop = self.epochs - max((0, *(m for m in self.milestones if m < self.epochs)))
         return min(5, after_last_drop)
 
@@ -77,18 +77,27 @@ class ImageTrainConfig:
 class ImagenetConfig:
     """A whole run."""
 
-    output_dir: str = MISSING
+    output_dir: str = machine_key(MISSING)
     seed: int = 0
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
 
 
+def default_num_groups(model_name: str) -> int:
+    """G of `gn` if neither it nor the channels per group are given: the paper's 32.
+
+    The channels of `resnet_tiny` do not split into 32 groups; it has 8.
+    """
+    return 8 if model_name == "resnet_tiny" else 32
+
+
 def load_imagenet_config(path: str | Path, overrides: tuple[str, ...] = ()) -> ImagenetConfig:
     """Read a YAML file, apply `key=value` overrides, check all of it.
 
     Raises:
-        ConfigError: file missing or not YAML; key unknown, mistyped, out of range or left out.
+        ConfigError: The file is missing or not YAML; a key is unknown, missing or out of range, or
+            has a wrong type.
     """
     return load_typed(path, overrides, ImagenetConfig, _check_values)
 
@@ -97,7 +106,7 @@ def _check_values(config: ImagenetConfig, path: Path) -> None:
     recipe, data, model = config.train, config.data, config.model
     check_numbers(
         config,
-        path,
+        f"{path}: ",
         at_least_1=(
             "model.num_classes",
             "model.num_groups",
@@ -115,19 +124,19 @@ def _check_values(config: ImagenetConfig, path: Path) -> None:
         positive=("data.std",),
         not_negative=("seed", "model.d_max", "data.num_workers", "data.mean"),
     )
-    check_sgd(config, path)
+    check_optimizer_values(config.train, f"{path}: train.")
     if not 0 < data.area_min <= 1:
         raise ConfigError(f"{path}: data.area_min is {data.area_min}; it must lie in (0, 1]")
     if data.val_short_side < data.crop_size:
         raise ConfigError(
             f"{path}: data.val_short_side {data.val_short_side} is smaller than data.crop_size "
-            f"{data.crop_size}, which is cut from it"
+            f"{data.crop_size}, the crop that is taken from it"
         )
     for key, value in {"data.mean": data.mean, "data.std": data.std}.items():
         if len(value) != 3:
-            raise ConfigError(f"{path}: {key} is {list(value)}; it takes three numbers")
+            raise ConfigError(f"{path}: {key} is {list(value)}; expected three numbers")
     if model.num_groups is not None and model.channels_per_group is not None:
-        raise ConfigError(f"{path}: give model.num_groups or model.channels_per_group, not both")
+        raise ConfigError(f"{path}: set model.num_groups or model.channels_per_group, not both")
     forward = recipe.images_per_forward
     if forward is not None and (
         forward % recipe.images_per_gpu or recipe.global_batch_size % forward

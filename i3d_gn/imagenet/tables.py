@@ -1,15 +1,9 @@
-"""Print the paper's ImageNet tables with the figures of runs beside its own.
+"""The paper's ImageNet tables with the results of runs beside its own.
 
-    python -m i3d_gn.imagenet.tables imagenet RUN [RUN ...] [--curves curves.png]
-
-A RUN is an `output_dir` of `train_imagenet`. Runs that differ by nothing but the seed share a cell:
-the mean, and how many. `--curves` draws training and validation error over epochs, and the latter
-over the batch size (Figs. 1 and 5 of [GN]).
+Runs that differ in nothing but the seed share a cell: their mean, and how many there are.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +12,15 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from i3d_gn.engine.command import run_command
+from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.engine.run_log import read_log
-from i3d_gn.imagenet.config import ImagenetConfig, load_imagenet_config
+from i3d_gn.imagenet.config import ImagenetConfig, default_num_groups, load_imagenet_config
 
 BATCH_SIZES = (32, 16, 8, 4, 2)
-_COLOURS = {"bn": "tab:red", "gn": "tab:blue", "ln": "tab:green", "in": "tab:orange"}
+_COLORS = {"bn": "tab:red", "gn": "tab:blue", "ln": "tab:green", "in": "tab:orange"}
 
-# [GN], validation error of ResNet-50 in percent.
+# Validation error of ResNet-50 in [GN], in percent.
 _TABLE_1 = {"bn": 23.6, "ln": 25.3, "in": 28.4, "gn": 24.1}
 _TABLE_2 = {
     "bn": dict(zip(BATCH_SIZES, (23.6, 23.7, 24.8, 27.3, 34.7), strict=True)),
@@ -37,7 +32,7 @@ _TABLE_3_CHANNELS = {64: 24.4, 32: 24.5, 16: 24.2, 8: 24.3, 4: 24.8, 2: 25.6, 1:
 
 @dataclass(frozen=True)
 class ImageRun:
-    """A run of `train_imagenet`; `errors` and `train_errors` by epoch, in percent."""
+    """A run; `errors` and `train_errors` by epoch, in percent."""
 
     name: str
     config: ImagenetConfig
@@ -47,46 +42,29 @@ class ImageRun:
 
     @property
     def groups(self) -> int | None:
-        """Groups of group norm, layer norm being one; None where channels are fixed instead."""
+        """Number of groups (1 for layer norm); None if the channels per group are fixed instead."""
         model = self.config.model
         if model.norm == "ln":
             return 1
         if model.norm != "gn" or model.channels_per_group is not None:
             return None
-        return model.num_groups or (8 if model.name == "resnet_tiny" else 32)
+        return model.num_groups or default_num_groups(model.name)
 
     @property
     def channels_per_group(self) -> int | None:
-        """Channels of a group where they are fixed, as in instance norm."""
+        """Channels per group if they are fixed (1 for instance norm), else None."""
         model = self.config.model
         return 1 if model.norm == "in" else model.channels_per_group
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 on success."""
-    parser = argparse.ArgumentParser(
-        prog="i3d-gn table", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("which", choices=("imagenet",), help="tables 1, 2 and 3")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--curves", type=Path, help="figure to write")
-    args = parser.parse_args(argv)
-    runs = [read_image_run(path) for path in args.runs]
-    print(imagenet_tables(runs))
-    if args.curves is not None:
-        plot(runs, args.curves)
-        print(f"\ncurves: {args.curves}")
-    return 0
 
 
 def read_image_run(folder: Path) -> ImageRun:
     """Read a run's config, log and result.
 
     Raises:
-        ValueError: `folder` is not the output_dir of a run, or of another kind of run.
+        ValueError: `folder` is not the `output_dir` of an ImageNet run.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: no config.yaml in it; give the output_dir of a training run")
+        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
     log = read_log(folder / "log.jsonl")
     validations = [line for line in log if line["kind"] == "val"]
     config = load_imagenet_config(folder / "config.yaml")
@@ -106,7 +84,7 @@ def read_image_run(folder: Path) -> ImageRun:
 
 
 def imagenet_tables(runs: list[ImageRun]) -> str:
-    """Tables 1 to 3 as Markdown, `not run` where no run is finished."""
+    """Tables 1 to 3 as Markdown; `not run` for cells without a finished run."""
     main_network = runs[0].config.model.name
     same = [run for run in runs if run.config.model.name == main_network]
 
@@ -123,54 +101,62 @@ def imagenet_tables(runs: list[ImageRun]) -> str:
             and (norm != "gn" or r.groups == default_groups)
         )
 
-    default_groups = 8 if main_network == "resnet_tiny" else 32
+    default_groups = default_num_groups(main_network)
     lines = [
         f"Validation error (%) of {main_network}, median of the last epochs "
         f"({runs[0].config.train.epochs_of_median}); the paper's is of ResNet-50 on ImageNet (5).",
         "",
         "Table 1: 32 images per GPU",
         "",
-        *_table(
-            ["", "BN", "LN", "IN", "GN"],
-            ["paper", *(f"{_TABLE_1[n]:.1f}" for n in ("bn", "ln", "in", "gn"))],
-            ["ours", *(ours(at(n, 32)) for n in ("bn", "ln", "in", "gn"))],
+        markdown_table(
+            [
+                ["", "BN", "LN", "IN", "GN"],
+                ["paper", *(f"{_TABLE_1[n]:.1f}" for n in ("bn", "ln", "in", "gn"))],
+                ["ours", *(ours(at(n, 32)) for n in ("bn", "ln", "in", "gn"))],
+            ]
         ),
         "",
         "Table 2: images per GPU",
         "",
-        *_table(
-            ["", *(str(size) for size in BATCH_SIZES)],
-            *(
-                row
-                for norm in ("bn", "gn")
-                for row in (
-                    [f"{norm.upper()}, paper", *(f"{v:.1f}" for v in _TABLE_2[norm].values())],
-                    [f"{norm.upper()}, ours", *(ours(at(norm, size)) for size in BATCH_SIZES)],
-                )
-            ),
+        markdown_table(
+            [
+                ["", *(str(size) for size in BATCH_SIZES)],
+                *(
+                    row
+                    for norm in ("bn", "gn")
+                    for row in (
+                        [f"{norm.upper()}, paper", *(f"{v:.1f}" for v in _TABLE_2[norm].values())],
+                        [f"{norm.upper()}, ours", *(ours(at(norm, size)) for size in BATCH_SIZES)],
+                    )
+                ),
+            ]
         ),
         "",
         "Table 3: number of groups (1 is LN)",
         "",
-        *_table(
-            ["", *(str(groups) for groups in _TABLE_3_GROUPS)],
-            ["paper", *(f"{v:.1f}" for v in _TABLE_3_GROUPS.values())],
-            ["ours", *(ours(_groups_at_32(groups)) for groups in _TABLE_3_GROUPS)],
+        markdown_table(
+            [
+                ["", *(str(groups) for groups in _TABLE_3_GROUPS)],
+                ["paper", *(f"{v:.1f}" for v in _TABLE_3_GROUPS.values())],
+                ["ours", *(ours(_groups_at_32(groups)) for groups in _TABLE_3_GROUPS)],
+            ]
         ),
         "",
         "Table 3: channels per group (1 is IN)",
         "",
-        *_table(
-            ["", *(str(channels) for channels in _TABLE_3_CHANNELS)],
-            ["paper", *(f"{v:.1f}" for v in _TABLE_3_CHANNELS.values())],
-            ["ours", *(ours(_channels_at_32(channels)) for channels in _TABLE_3_CHANNELS)],
+        markdown_table(
+            [
+                ["", *(str(channels) for channels in _TABLE_3_CHANNELS)],
+                ["paper", *(f"{v:.1f}" for v in _TABLE_3_CHANNELS.values())],
+                ["ours", *(ours(_channels_at_32(channels)) for channels in _TABLE_3_CHANNELS)],
+            ]
         ),
     ]
     return "\n".join(lines)
 
 
 def plot(runs: list[ImageRun], path: Path) -> None:
-    """Write training and validation error over epochs, and the error over the batch size."""
+    """Plot training and validation error over epochs, and the error over the batch size."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 4), layout="constrained")
         axes = figure.subplots(1, 3)
@@ -182,9 +168,9 @@ def plot(runs: list[ImageRun], path: Path) -> None:
         for item in sorted(runs, key=by_batch_size):
             norm, batch = item.config.model.norm, item.config.train.images_per_gpu
             style = {
-                "color": _COLOURS.get(norm, "tab:gray"),
+                "color": _COLORS.get(norm, "tab:gray"),
                 "alpha": 1 - 0.75 * BATCH_SIZES.index(batch) / 5 if batch in BATCH_SIZES else 1,
-                # One label for all seeds.
+                # one label for all seeds
                 "label": f"{norm.upper()}, {batch}" if batch not in points.get(norm, {}) else None,
             }
             epochs = range(1, len(item.errors) + 1)
@@ -196,8 +182,8 @@ def plot(runs: list[ImageRun], path: Path) -> None:
         for norm, by_batch in points.items():
             sizes = sorted((size for size, errors in by_batch.items() if errors), reverse=True)
             means = [statistics.mean(by_batch[size]) for size in sizes]
-            colour = _COLOURS.get(norm, "tab:gray")
-            axes[2].plot(sizes, means, "o-", color=colour, label=norm.upper())
+            color = _COLORS.get(norm, "tab:gray")
+            axes[2].plot(sizes, means, "o-", color=color, label=norm.upper())
         axes[0].set(title="training error (%)", xlabel="epoch")
         axes[1].set(title="validation error (%)", xlabel="epoch")
         axes[2].set(title="validation error (%)", xlabel="images per worker")
@@ -213,14 +199,11 @@ def plot(runs: list[ImageRun], path: Path) -> None:
             handles, labels, frameon=False, title="images per worker", loc="outside right upper"
         )
         axes[2].legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix or '.png'}")
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(path)
+        save_figure(figure, path)
 
 
 def _by_epoch(train_lines: list[dict[str, float]], epoch_ends: list[int]) -> list[float]:
-    """Mean training error of each epoch; a log line counts by the steps it shares with it."""
+    """Mean training error per epoch; log lines count by the steps they share with the epoch."""
     errors = []
     for start, end in zip([0, *epoch_ends], epoch_ends, strict=False):
         images = hits = 0.0
@@ -228,8 +211,8 @@ def _by_epoch(train_lines: list[dict[str, float]], epoch_ends: list[int]) -> lis
         for line in train_lines:
             last = int(line["step"])
             shared = max(0, min(last, end) - max(first, start)) / (last - first)
-            images += shared * line["clips"]
-            hits += shared * line["clips"] * line["top1"]
+            images += shared * line["samples"]
+            hits += shared * line["samples"] * line["top1"]
             first = last
         errors.append(100 - hits / images if images else float("nan"))
     return errors
@@ -243,17 +226,3 @@ def _channels_at_32(channels: int) -> Callable[[ImageRun], bool]:
     return lambda item: (
         item.channels_per_group == channels and item.config.train.images_per_gpu == 32
     )
-
-
-def _table(*rows: list[str]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return lines
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

@@ -1,15 +1,16 @@
-"""From a `Config` to the objects it describes; shared by the entry points."""
+"""From a `Config` to the objects it describes."""
 
 import functools
 import logging
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from i3d_gn.data import loader
-from i3d_gn.data.batches import ClipBatch, Sample, Stream
-from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.batches import Batch, Sample, Stream
+from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import RandomClips, TestVideos
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_tiny
 from i3d_gn.models.inflate import load_pretrained
@@ -27,8 +28,12 @@ _VARIANTS = {
 }
 
 
-def build_model(config: Config) -> I3D:
-    """The network of `config.model`, randomly initialised."""
+def build_model(config: Config, device: torch.device) -> I3D:
+    """The network of `config.model` on `device`, randomly initialized.
+
+    Raises:
+        ValueError: The clips of `config` are too small for it, in training or in testing.
+    """
     model = config.model
     norm = functools.partial(
         make_norm,
@@ -49,28 +54,35 @@ def build_model(config: Config) -> I3D:
         checkpoint_stages=model.checkpoint_stages,
     )
     clip, side = config.clip, config.test.short_side
-    # Raises if clips are too small, in training or in testing.
-    window = built.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
-    if built.feature_size(clip.num_frames, side, side) < window:
+    if built.feature_size(clip.num_frames, side, side) < training_map(built, config):
         raise ConfigError(
             f"test.short_side {side} is too small for a network trained on crops of "
-            f"clip.crop_size {clip.crop_size}; make it at least {clip.crop_size}"
+            f"clip.crop_size {clip.crop_size}; use at least {clip.crop_size}"
         )
+    built.to(device)
+    if uses_channels_last(config, device):
+        built.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return built
+
+
+def training_map(model: I3D, config: Config) -> tuple[int, int, int]:
+    """Size (T, H, W) of the last feature map for a training clip."""
+    clip = config.clip
+    return model.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
 
 
 def load_starting_weights(
     model: I3D, config: Config
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Fill the network from the weights that the config names, if any, and log what was taken.
+    """Load the weights that the config names, if any, and log what was loaded.
 
     Returns:
-        Mean and deviation that clips are to be normalised by: the config's, or else those of the
-        weights, or else ImageNet's.
+        Mean and std that normalize the clips: the config's, or else those of the weights, or else
+        ImageNet's.
 
     Raises:
-        ConfigError: the config's mean or deviation is not that of the weights.
-        ValueError: the weights cannot be read, or are for another network.
+        ConfigError: Mean or std of the config differs from that of the weights.
+        ValueError: The weights cannot be read, or are those of another network.
     """
     mean, std = config.data.mean, config.data.std
     if config.model.weights is None:
@@ -84,24 +96,28 @@ def load_starting_weights(
     for key, given, needed in (("mean", mean, info.mean), ("std", std, info.std)):
         if given and needed and max(abs(g - n) for g, n in zip(given, needed, strict=True)) > 1e-4:
             raise ConfigError(
-                f"data.{key} is {list(given)}, and {config.model.weights} was trained with "
-                f"{[round(n, 4) for n in needed]}; leave data.{key} out, which takes the weights'"
+                f"data.{key} is {list(given)}, but {config.model.weights} was trained with "
+                f"{[round(n, 4) for n in needed]}; remove data.{key} to use that of the weights"
             )
     return mean or info.mean or IMAGENET_MEAN, std or info.std or IMAGENET_STD
 
 
 def load_index(path: str, config: Config) -> VideoIndex:
-    """An index whose labels fit the network."""
-    index = VideoIndex.load(path)
+    """Load an index and check that its labels fit the network.
+
+    Raises:
+        ConfigError: It has another number of classes, or videos without a label.
+    """
+    index = VideoIndex.load(path, root=config.data.root)
     if len(index.class_names) != config.model.num_classes:
         raise ConfigError(
-            f"{path} has {len(index.class_names)} classes, model.num_classes is "
+            f"{path} has {len(index.class_names)} classes, but model.num_classes is "
             f"{config.model.num_classes}; set model.num_classes={len(index.class_names)}"
         )
-    unlabelled = int((index.labels < 0).sum())
-    if unlabelled:
+    unlabeled = int((index.labels < 0).sum())
+    if unlabeled:
         raise ConfigError(
-            f"{path}: {unlabelled} videos have no label; training and testing need labelled videos"
+            f"{path}: {unlabeled} videos have no label; training and testing need labeled videos"
         )
     return index
 
@@ -109,7 +125,7 @@ def load_index(path: str, config: Config) -> VideoIndex:
 def random_clips(
     index: VideoIndex, config: Config, *, stream: Stream, salt: int = 0
 ) -> RandomClips:
-    """Clips of the training recipe, drawn from `stream`."""
+    """Clips with the training augmentation, drawn from `stream`."""
     clip = config.clip
     return RandomClips(
         index,
@@ -126,18 +142,14 @@ def random_clips(
 
 
 def clip_loader(
-    clips: RandomClips, order: Sampler[list[Sample]], world: World, config: Config
-) -> DataLoader[ClipBatch]:
-    """A loader of micro-batches with the config's workers."""
-    return loader.clip_loader(
-        clips,
-        order,
-        num_workers=num_workers(world, config),
-        pin_memory=world.device.type == "cuda",
-    )
+    clips: RandomClips, order: Sampler[list[Sample]], config: Config, process: Process
+) -> DataLoader[Batch]:
+    """A loader of micro-batches."""
+    workers = num_workers(config, process)
+    return loader.batch_loader(clips, order, num_workers=workers, device=process.device)
 
 
-def videos_to_test(index: VideoIndex, config: Config) -> TestVideos:
+def test_videos(index: VideoIndex, config: Config) -> TestVideos:
     """Videos with the clips and crops of `config.test`."""
     return TestVideos(
         index,
@@ -153,33 +165,33 @@ def videos_to_test(index: VideoIndex, config: Config) -> TestVideos:
     )
 
 
-def device_clips(
-    world: World, config: Config, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> DeviceClips:
+def to_device(
+    config: Config, process: Process, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ToDevice:
     """How clips reach the network."""
-    return DeviceClips(
-        device=world.device,
+    return ToDevice(
+        device=process.device,
         mean=mean,
         std=std,
         precision=config.train.precision,
-        channels_last=uses_channels_last(world, config),
+        channels_last=uses_channels_last(config, process.device),
     )
 
 
-def uses_channels_last(world: World, config: Config) -> bool:
-    """The memory format of clips and weights: what the config says, or else what is faster.
+def uses_channels_last(config: Config, device: torch.device) -> bool:
+    """Memory format of clips and weights: the config's, or else the one measured to be faster.
 
-    Group norm on a CPU in fp32 trains in 0.83 of the time when contiguous; all else is as fast or
-    faster in channels_last_3d (benchmarks/results/cpu.md).
+    Group norm on a CPU in fp32 takes 0.83 of the time per training step when contiguous; everything
+    else is as fast or faster in channels_last_3d (benchmarks/results/cpu.md).
     """
     if config.train.channels_last is not None:
         return config.train.channels_last
     contiguous = config.model.norm in ("gn", "ln", "in") and config.train.precision == "fp32"
-    return not (world.device.type == "cpu" and contiguous)
+    return not (device.type == "cpu" and contiguous)
 
 
-def num_workers(world: World, config: Config) -> int:
-    """Loader processes of this process."""
+def num_workers(config: Config, process: Process) -> int:
+    """Loader workers of this rank."""
     if config.data.num_workers is not None:
         return config.data.num_workers
-    return loader.default_num_workers(world.size)
+    return loader.default_num_workers(process.device, process.world_size)

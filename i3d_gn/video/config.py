@@ -1,22 +1,23 @@
-"""The config of a run on videos.
+"""Configuration of a video run.
 
-A file is complete in itself (no inheritance). What it leaves out takes the default below, which is
-the recipe of the paper's baseline ([NL], see docs/design.md).
+A YAML file is complete in itself (no inheritance). Keys that it omits take the defaults below: the
+recipe of the paper's baseline ([NL], see docs/design.md).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed
+from i3d_gn.engine.recipe import Recipe, check_optimizer_values
+from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, machine_key
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and which weights it starts from."""
+    """The network, and the weights it starts from."""
 
     name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_tiny"] = "i3d_resnet50"
     num_classes: int = 400
@@ -24,35 +25,38 @@ class ModelConfig:
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
     channels_per_group: int | None = None
     stem: Literal["strided", "8x8", "mmaction2"] = "strided"  # strided: 32 or 64 frames
-    inflate: bool = True  # False: C2D, every convolution kernel 1 long in time
-    pool_padding: int = 0  # 1: pool1 as PySlowFast and pytorchvideo have it
+    inflate: bool = True  # False: C2D, all temporal kernels are 1
+    pool_padding: int = 0  # of pool1; 1 in PySlowFast and pytorchvideo
     stride_in: Literal["3x3", "1x1"] = "3x3"  # 1x1: original MSRA ResNet
     dropout: float = 0.5
     zero_init_last_norm: bool = True
     checkpoint_stages: tuple[str, ...] = ()  # recompute in backward, e.g. [res2, res3]
-    weights: str | None = None  # what i3d-gn convert reads or wrote; 2-D weights are inflated
+    weights: str | None = None  # anything `i3d-gn convert` reads; 2-D weights are inflated
     weights_convolutions_only: bool = False
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Index files of `data_tools/index_videos.py`, and how frames are read."""
+    """The videos, and how they are decoded."""
 
-    train_index: str = MISSING
+    train_index: str = MISSING  # made by `i3d-gn index`
     val_index: str = MISSING
+    root: str | None = machine_key(None)  # folder of the videos; None: as recorded in the indexes
     decoder: Literal["pyav", "decord"] = "pyav"
-    num_workers: int | None = None  # per process; None: the cores this process may use
-    mean: tuple[float, ...] | None = None  # RGB of 0..1; None: the weights', else ImageNet's
+    num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
+    mean: tuple[float, ...] | None = (
+        None  # RGB in [0, 1]; None: those of the weights, or ImageNet's
+    )
     std: tuple[float, ...] | None = None
-    max_broken_clips: int = 1000  # training stops when more clips could not be decoded
+    max_broken_clips: int = 1000  # training stops if more clips fail to decode
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """What one training clip is; testing takes `num_frames` and `stride` from here too."""
+    """A training clip; testing uses the same `num_frames` and `stride`."""
 
     num_frames: int = 32
-    stride: int = 2  # 0 repeats one frame: a control that sees no motion
+    stride: int = 2  # 0 repeats one frame: a control without motion
     short_side_min: int = 256
     short_side_max: int = 320
     crop_size: int = 224
@@ -60,53 +64,35 @@ class ClipConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The optimiser's recipe and the bookkeeping."""
+class TrainConfig(Recipe):
+    """The recipe, and what it needs to know about clips."""
 
-    steps: int = MISSING
-    global_batch_size: int = 64
-    clips_per_gpu: int = 8  # what BN's statistics see, whatever the number of GPUs
-    lr: float = 0.01  # at a global batch of lr_batch_size; scaled linearly from there
-    lr_batch_size: int = 64
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = ()  # steps after which lr is multiplied by 0.1
-    warmup_steps: int = 0
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    norm_weight_decay: float = 0.0  # of gamma and beta
-    clip_grad_norm: float | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clips_per_gpu: int = 8  # the batch of BN's statistics, on any number of GPUs
     channels_last: bool | None = None  # None: what was measured to be faster
-    compile: bool = False
-    log_every: int = 20
-    validate_every: int = 10_000
-    validate_multi_clip: bool = False  # also test with `test`'s clips at each validation
-    precise_bn_iterations: int = 200  # global batches, before validation; only BN has use for it
-    checkpoint_every: int = 5_000
-    keep_checkpoints: int = 3
+    validate_multi_clip: bool = False  # also run the multi-clip test at each validation
+    precise_bn_iterations: int = 200  # global batches before each validation; BN only
 
 
 @dataclass(frozen=True)
 class TestConfig:
     """Multi-clip testing."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # tells pytest that this is no test class
 
     num_clips: int = 10
     spacing: Literal["nonlocal", "uniform", "slowfast"] = "nonlocal"
-    align_starts: bool = False  # to multiples of the stride: half the frames to decode
+    align_starts: bool = False  # round down to multiples of the stride: fewer frames to decode
     spatial: Literal["full", "three_crop", "center"] = "full"
     short_side: int = 256
     average: Literal["softmax", "logits"] = "softmax"
-    clips_per_forward: int = 10
+    clips_per_forward: int = machine_key(10)
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    output_dir: str = MISSING
+    output_dir: str = machine_key(MISSING)
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -119,40 +105,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check all of it.
 
     Raises:
-        ConfigError: file missing or not YAML; key unknown, mistyped, out of range or left out.
+        ConfigError: The file is missing or not YAML; a key is unknown, missing or out of range, or
+            has a wrong type.
     """
     return load_typed(path, overrides, Config, _check_values)
 
 
-def check_sgd(config: Any, path: Path) -> None:
-    """Check what `train` says of the optimiser, whatever it trains.
-
-    Raises:
-        ConfigError: a value is out of its range, or does not go with the others.
-    """
-    recipe = config.train
-    check_numbers(
-        config,
-        path,
-        at_least_1=("train.lr_batch_size", "train.milestones"),
-        not_negative=("train.lr", "train.weight_decay", "train.norm_weight_decay"),
-    )
-    if not 0 <= recipe.momentum < 1:
-        raise ConfigError(f"{path}: train.momentum is {recipe.momentum}; it must lie in [0, 1)")
-    if recipe.nesterov and not recipe.momentum:
-        raise ConfigError(
-            f"{path}: train.nesterov needs momentum and train.momentum is 0; set "
-            "train.nesterov=false or a momentum"
-        )
-    if list(recipe.milestones) != sorted(set(recipe.milestones)):
-        raise ConfigError(f"{path}: train.milestones {list(recipe.milestones)} must increase")
-
-
 def _check_values(config: Config, path: Path) -> None:
-    """Constraints that types do not express."""
+    """Check what types do not express."""
     check_numbers(
         config,
-        path,
+        f"{path}: ",
         at_least_1=(
             "model.num_classes",
             "model.num_groups",
@@ -182,27 +145,29 @@ def _check_values(config: Config, path: Path) -> None:
         ),
         up_to_1=("model.dropout", "clip.flip_probability"),
     )
-    check_sgd(config, path)
+    check_optimizer_values(config.train, f"{path}: train.")
     clip = config.clip
     if not clip.crop_size <= clip.short_side_min <= clip.short_side_max:
         raise ConfigError(
             f"{path}: clip.crop_size {clip.crop_size}, clip.short_side_min {clip.short_side_min}, "
-            f"clip.short_side_max {clip.short_side_max}: they must not decrease in this order"
+            f"clip.short_side_max {clip.short_side_max}: these must not decrease in this order"
         )
     if config.test.spatial != "full" and config.test.short_side < clip.crop_size:
         raise ConfigError(
             f"{path}: test.short_side {config.test.short_side} is smaller than clip.crop_size "
-            f"{clip.crop_size}, which test.spatial={config.test.spatial} cuts from it"
+            f"{clip.crop_size}, the crop that test.spatial={config.test.spatial} takes from it"
         )
     for key, value in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
         if value is not None and len(value) != 3:
-            raise ConfigError(f"{path}: {key} is {list(value)}; it takes three numbers")
+            raise ConfigError(f"{path}: {key} is {list(value)}; expected three numbers")
     if config.model.num_groups is not None and config.model.channels_per_group is not None:
-        raise ConfigError(f"{path}: give model.num_groups or model.channels_per_group, not both")
+        raise ConfigError(f"{path}: set model.num_groups or model.channels_per_group, not both")
     if config.train.global_batch_size % config.train.clips_per_gpu:
         raise ConfigError(
             f"{path}: train.global_batch_size {config.train.global_batch_size} is not a multiple "
             f"of train.clips_per_gpu {config.train.clips_per_gpu}"
         )
     if config.train.schedule == "cosine" and config.train.milestones:
-        raise ConfigError(f"{path}: train.milestones have no meaning with train.schedule cosine")
+        raise ConfigError(
+            f"{path}: train.milestones have no effect with train.schedule=cosine; remove them"
+        )

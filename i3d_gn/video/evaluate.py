@@ -1,140 +1,93 @@
-"""Test a trained network with 10 clips a video.
+"""Test a trained network with several clips per video.
 
-    python -m i3d_gn.video.evaluate CONFIG --checkpoint PATH [key=value ...]
-
-Writes `results.json` and `scores.parquet` under `output_dir/test_<checkpoint>_<settings>_<hash>/`,
-a folder for whatever else can change a result: config, weights, videos. Under torchrun the videos
-are dealt out to the processes. A test that was stopped goes on where it was.
+Writes `results.json` and `scores.parquet` under `output_dir/test_<checkpoint>_<settings>_<hash>/`;
+the hash is over everything else that can change a result: config, weights and videos. Under
+torchrun the videos are split across the ranks. A test that was stopped resumes where it was.
 """
 
-import argparse
 import hashlib
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+from i3d_gn.data.loader import limit_compute_threads
+from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.checkpoint import (
     CheckpointError,
-    file_sha256,
     latest_checkpoint,
     load_checkpoint,
     load_model_state,
 )
-from i3d_gn.engine.command import run_command
-from i3d_gn.engine.distributed import World, join_world
-from i3d_gn.engine.run_log import write_text_atomically
+from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, differences, to_dict
+from i3d_gn.files import file_sha256, write_json
 from i3d_gn.models import I3D
 from i3d_gn.video import build
-from i3d_gn.video.config import Config, load_config
-from i3d_gn.video.multi_clip import TestOutcome, evaluate_videos
+from i3d_gn.video.config import Config, ModelConfig
+from i3d_gn.video.multi_clip import VideoScorer, score_videos
+from i3d_gn.video.scores import TestOutcome
 from i3d_gn.video_io.index import VideoIndex
 
 logger = logging.getLogger(__name__)
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 on success."""
-    parser = argparse.ArgumentParser(
-        prog="i3d-gn evaluate", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("config", type=Path, help="the YAML file the network was trained with")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="checkpoint to test; default: the newest under output_dir",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change config values")
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
-    with join_world() as world:
-        evaluate(config, args.checkpoint, world)
-    return 0
+# Keys of `model` that testing does not depend on.
+_TRAINING_ONLY = ("weights", "weights_convolutions_only", "dropout", "checkpoint_stages")
 
 
-def evaluate(config: Config, checkpoint: Path | None, world: World) -> dict[str, Any] | None:
-    """Test a checkpoint as `config.test` says; the results on rank 0, None elsewhere.
+def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[str, Any] | None:
+    """Test a checkpoint (None: the newest under `output_dir`) with the settings of `config.test`.
+
+    Returns:
+        The results on rank 0, None elsewhere.
 
     Raises:
-        CheckpointError: the checkpoint is missing, unreadable, or of another model.
-        ValueError: the index does not fit, or no video could be decoded.
+        CheckpointError: The checkpoint is missing, unreadable, or of another model.
+        ValueError: The index does not match, or no video could be decoded.
     """
+    limit_compute_threads(
+        process.device, process.world_size, num_workers=build.num_workers(config, process)
+    )
     if checkpoint is None:
         folder = Path(config.output_dir) / "checkpoints"
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
-            raise CheckpointError(f"no checkpoint under {folder}; train first or give --checkpoint")
+            raise CheckpointError(f"no checkpoint under {folder}; train first or pass --checkpoint")
     saved = load_checkpoint(checkpoint)
-    model = build.build_model(config)
-    changed = [
-        line
-        for line in differences(saved["config"], config, section="model.")
-        if not line.startswith(("model.weights", "model.dropout", "model.checkpoint_stages"))
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint}: was trained as another model than this config's: {'; '.join(changed)}"
-        )
+    _check_same_model(saved["config"], config, checkpoint)
+    model = build.build_model(config, process.device)
     load_model_state(model, saved["model"], path=checkpoint)
-    model.to(world.device)
-    index_path = config.data.val_index
-    index = build.load_index(index_path, config)
-    trained_on = saved.get("class_names", index.class_names)
-    for label, (there, here) in enumerate(zip(trained_on, index.class_names, strict=True)):
-        if there != here:
-            raise CheckpointError(
-                f"{checkpoint}: was trained on other classes than those of {index_path}: class "
-                f"{label} is {there!r} there and {here!r} here; make the index again with "
-                "--label-map and the index it was trained on"
-            )
-    identity = [config_hash(config), file_sha256(checkpoint), file_sha256(index_path)]
-    tag = hashlib.sha256("".join(identity).encode()).hexdigest()[:8]
-    settings = config.test
-    folder = Path(config.output_dir) / (
-        f"test_{checkpoint.stem}_{settings.num_clips}x{settings.spatial}_{settings.spacing}_{tag}"
-    )
-    outcome = evaluate_model(
-        model,
-        index,
-        config,
-        world,
-        folder=folder,
-        tag=tag,
-        mean=tuple(saved["input"]["mean"]),
-        std=tuple(saved["input"]["std"]),
-    )
+    index = build.load_index(config.data.val_index, config)
+    _check_same_classes(saved.get("class_names", index.class_names), index, checkpoint)
+    mean, std = tuple(saved["input"]["mean"]), tuple(saved["input"]["std"])
+
+    hashes = {
+        "config_sha256": config_hash(config),
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "index_sha256": file_sha256(config.data.val_index),
+    }
+    tag = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()[:8]
+    test = config.test
+    name = f"test_{checkpoint.stem}_{test.num_clips}x{test.spatial}_{test.spacing}_{tag}"
+    folder = Path(config.output_dir) / name
+    to_device = build.to_device(config, process, mean=mean, std=std)
+    outcome = evaluate_model(model, index, config, to_device, process, folder=folder, tag=tag)
     if outcome is None:
         return None
     results = {
-        **_summary(outcome, config),
+        **outcome.summary(),
+        "skipped": outcome.skipped,
+        **to_dict(config.test),
+        "num_frames": config.clip.num_frames,
+        "stride": config.clip.stride,
         "step": saved["step"],
-        "config_sha256": identity[0],
-        "checkpoint_sha256": identity[1],
-        "index_sha256": identity[2],
+        **hashes,
         "checkpoint": str(checkpoint),
         "config": to_dict(config),
         "timing": outcome.timing,
     }
-    write_text_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    print(
-        f"{results['num_videos']} videos, {settings.num_clips} clips each: "
-        f"top-1 {results['top1']:.1f} %, top-5 {results['top5']:.1f} %, "
-        f"mean class accuracy {results['mean_class_accuracy']:.1f} %"
-    )
-    timing = outcome.timing
-    if timing["videos"]:
-        logger.info(
-            "%.2f videos/s, waiting for data %.0f %%; %s",
-            timing["videos"] / timing["seconds"], 100 * timing["data_wait_share"], folder,
-        )  # fmt: skip
-    if outcome.skipped:
-        print(
-            f"{len(outcome.skipped)} videos could not be decoded and do not count; "
-            f"they are listed in {folder / 'results.json'}",
-            file=sys.stderr,
-        )
+    write_json(folder / "results.json", results)
+    _print_results(outcome, config, folder)
     return results
 
 
@@ -142,49 +95,68 @@ def evaluate_model(
     model: I3D,
     index: VideoIndex,
     config: Config,
-    world: World,
+    to_device: ToDevice,
+    process: Process,
     *,
     folder: Path,
     tag: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
 ) -> TestOutcome | None:
-    """Multi-clip testing of the index's videos with the network as it is."""
-    clip = config.clip
-    _, *window = model.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
-    return evaluate_videos(
+    """Test a network in memory on the videos of `index`; see `score_videos`."""
+    _, *window = build.training_map(model, config)
+    scorer = VideoScorer(
         model,
-        build.videos_to_test(index, config),
-        to_device=build.device_clips(world, config, mean=mean, std=std),
-        world=world,
-        folder=folder,
-        tag=tag,
+        to_device,
         window=(window[0], window[1]),
         average=config.test.average,
         clips_per_forward=config.test.clips_per_forward,
-        num_workers=build.num_workers(world, config),
+    )
+    return score_videos(
+        scorer,
+        build.test_videos(index, config),
+        folder=folder,
+        tag=tag,
+        process=process,
+        num_workers=build.num_workers(config, process),
     )
 
 
-def _summary(outcome: TestOutcome, config: Config) -> dict[str, Any]:
-    metrics, settings = outcome.metrics, config.test
-    return {
-        "top1": metrics.top1,
-        "top5": metrics.top5,
-        "mean_class_accuracy": metrics.mean_class_accuracy,
-        "num_videos": metrics.num_videos,
-        "num_skipped": len(outcome.skipped),
-        "skipped": outcome.skipped,
-        "num_clips": settings.num_clips,
-        "num_frames": config.clip.num_frames,
-        "stride": config.clip.stride,
-        "spacing": settings.spacing,
-        "align_starts": settings.align_starts,
-        "spatial": settings.spatial,
-        "short_side": settings.short_side,
-        "average": settings.average,
-    }
+def _check_same_model(trained: dict[str, Any], config: Config, checkpoint: Path) -> None:
+    theirs, ours = (
+        {key: value for key, value in c["model"].items() if key not in _TRAINING_ONLY}
+        for c in (trained, to_dict(config))
+    )
+    if changed := differences(theirs, ours, ModelConfig):
+        raise CheckpointError(
+            f"{checkpoint} was trained with another model than this config's: "
+            f"{'; '.join(f'model.{line}' for line in changed)}"
+        )
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main))
+def _check_same_classes(trained: list[str], index: VideoIndex, checkpoint: Path) -> None:
+    for label, (there, here) in enumerate(zip(trained, index.class_names, strict=True)):
+        if there != here:
+            raise CheckpointError(
+                f"{checkpoint} was trained on other classes than those of {index.index_path}: "
+                f"class {label} is {there!r} there and {here!r} here; make the index again with "
+                "--label-map and the index it was trained on"
+            )
+
+
+def _print_results(outcome: TestOutcome, config: Config, folder: Path) -> None:
+    metrics, timing = outcome.metrics, outcome.timing
+    print(
+        f"{metrics.num_videos} videos, {config.test.num_clips} clips each: "
+        f"top-1 {metrics.top1:.1f} %, top-5 {metrics.top5:.1f} %, "
+        f"mean class accuracy {metrics.mean_class_accuracy:.1f} %"
+    )
+    if timing["videos"]:
+        logger.info(
+            "%.2f videos/s, waiting for data %.0f %%; %s",
+            timing["videos"] / timing["seconds"], 100 * timing["data_wait_share"], folder,
+        )  # fmt: skip
+    if outcome.skipped:
+        print(
+            f'{len(outcome.skipped)} videos failed to decode and do not count; see "skipped" in '
+            f"{folder / 'results.json'}",
+            file=sys.stderr,
+        )

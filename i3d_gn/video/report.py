@@ -1,15 +1,10 @@
-"""Tabulate and plot runs side by side.
+"""Runs side by side: a table for the terminal, and a figure.
 
-    python -m i3d_gn.video.report RUN [RUN ...] --out curves.png
-
-A RUN is an `output_dir`. The table goes to the terminal; the figure shows the training loss, the
-validation accuracy (one clip a video, as [GN] Fig. 7) and, for up to 30 classes, what the first run
-confuses in multi-clip testing.
+The figure shows the training loss, the validation accuracy (one clip per video, as in [GN] Fig. 7)
+and, for up to 30 classes, the confusion matrix of the first run's multi-clip test.
 """
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +16,8 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from i3d_gn.engine.command import run_command
+from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.video.config import Config, load_config
 
@@ -30,7 +26,7 @@ MAX_CLASSES_IN_FIGURE = 30
 
 @dataclass(frozen=True)
 class Run:
-    """What an `output_dir` holds; `results` and `confusion` (K, K) once it was tested."""
+    """The contents of an `output_dir`; `results` and `confusion` (K, K) if it was tested."""
 
     name: str
     config: Config
@@ -40,34 +36,19 @@ class Run:
     class_names: list[str]
 
     def curve(self, kind: str, value: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the log's lines of one kind."""
+        """Steps and values from the log lines of one kind."""
         lines = [line for line in self.log if line["kind"] == kind]
         return [line["step"] for line in lines], [line[value] for line in lines]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 on success."""
-    parser = argparse.ArgumentParser(
-        prog="i3d-gn report", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write")
-    args = parser.parse_args(argv)
-    runs = [read_run(path) for path in args.runs]
-    print(table(runs))
-    plot(runs, args.out)
-    print(f"\ncurves: {args.out}")
-    return 0
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's config, log and newest multi-clip test.
 
     Raises:
-        ValueError: `folder` is not the output_dir of a run.
+        ValueError: `folder` is not the `output_dir` of a run.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: no config.yaml in it; give the output_dir of a training run")
+        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
     tests = sorted(folder.glob("test_*/results.json"), key=lambda path: path.stat().st_mtime)
     results, confusion, class_names = None, None, []
     if tests:
@@ -88,7 +69,7 @@ def read_run(folder: Path) -> Run:
 
 
 def table(runs: list[Run]) -> str:
-    """A Markdown table with a row a run; `not run` where something is still to be done."""
+    """A Markdown table with one row per run; `not run` for missing results."""
     rows = [
         ["run", "norm", "clip", "clips/GPU", "steps", "train loss", "1-clip top-1",
          "multi-clip top-1", "top-5", "videos", "skipped"]
@@ -112,17 +93,11 @@ def table(runs: list[Run]) -> str:
                 str(results["num_skipped"]) if results else "-",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Write the figure."""
+    """Write the figure, atomically."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         first = runs[0]
         with_confusion = (
@@ -144,7 +119,7 @@ def plot(runs: list[Run], path: Path) -> None:
         axes[1].axhline(chance, color="0.6", lw=1, ls=":", label="chance")
         axes[0].set(title="training", xlabel="step", ylabel="cross-entropy")
         axes[1].set(
-            title="validation: one clip a video, multi-clip test (star)",
+            title="validation: one clip per video, multi-clip test (star)",
             xlabel="step",
             ylabel="top-1 accuracy (%)",
             ylim=(0, 102),
@@ -156,10 +131,7 @@ def plot(runs: list[Run], path: Path) -> None:
         if with_confusion:
             assert first.confusion is not None
             _draw_confusion(parts[0, 1].subplots(), first.confusion, first.class_names, first.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix or '.png'}")
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(path)
+        save_figure(figure, path)
 
 
 def _draw_confusion(
@@ -169,7 +141,9 @@ def _draw_confusion(
     ticks = range(len(class_names))
     axis.set_xticks(ticks, class_names, rotation=45, ha="right")
     axis.set_yticks(ticks, class_names)
-    axis.set(title=f"{run_name}: multi-clip test (% of a class)", xlabel="predicted", ylabel="true")
+    axis.set(
+        title=f"{run_name}: multi-clip test (% of true class)", xlabel="predicted", ylabel="true"
+    )
     for row in ticks:
         for column in ticks:
             if confusion[row, column] >= 0.5:
@@ -182,11 +156,7 @@ def _draw_confusion(
 def _confusion(
     scores: npt.NDArray[np.floating], labels: npt.NDArray[np.integer], num_classes: int
 ) -> npt.NDArray[np.float64]:
-    """(K, K) percentages of each true class (row) by predicted class."""
+    """(K, K): percentage of each true class (row) by predicted class (column)."""
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (labels, scores.argmax(axis=1)), 1)
     return 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

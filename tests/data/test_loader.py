@@ -1,4 +1,3 @@
-import itertools
 import multiprocessing
 import os
 import signal
@@ -6,74 +5,24 @@ import socket
 import sys
 from multiprocessing import resource_sharer
 
-import numpy as np
 import pytest
 import torch
 
 from i3d_gn.data.batches import Stream
-from i3d_gn.data.loader import _leave_stopping_to_the_parent, clip_loader
-from i3d_gn.data.samplers import EachVideoOnce, ShuffledMicroBatches, micro_batches_per_process
+from i3d_gn.data.loader import (
+    _ignore_interrupts,
+    batch_loader,
+    default_num_workers,
+    limit_compute_threads,
+)
+from i3d_gn.data.samplers import ShuffledMicroBatches
 from i3d_gn.data.videos import RandomClips
 from i3d_gn.video_io.index import VideoIndex
 
 
-def batches(rank=0, world_size=1, first_step=0, last_step=6, seed=3, num_videos=10):
-    return list(
-        ShuffledMicroBatches(
-            num_videos,
-            seed=seed,
-            global_batch_size=8,
-            clips_per_gpu=2,
-            rank=rank,
-            world_size=world_size,
-            first_step=first_step,
-            last_step=last_step,
-        )
-    )
-
-
-def test_positions_run_on_and_every_epoch_is_a_permutation():
-    samples = list(itertools.chain(*batches(last_step=10)))
-    assert [sample.position for sample in samples] == list(range(80))
-    epochs = np.array([sample.video for sample in samples]).reshape(8, 10)
-    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_stopping_and_going_on_changes_nothing():
-    assert batches(last_step=4) + batches(first_step=4) == batches()
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_take_turns_at_the_micro_batches_of_one(world_size):
-    per_rank = [batches(rank, world_size) for rank in range(world_size)]
-    interleaved = list(itertools.chain(*zip(*per_rank, strict=True)))
-    assert interleaved == batches()
-
-
-def test_seeds_give_different_orders():
-    assert batches(seed=1) != batches(seed=2)
-
-
-def test_a_batch_that_cannot_be_dealt_out_names_the_remedy():
-    with pytest.raises(ValueError, match="global batch of 8 .* 3 processes of 2 .* multiple of 6"):
-        micro_batches_per_process(global_batch_size=8, clips_per_gpu=2, world_size=3)
-
-
-@pytest.mark.parametrize(("num_videos", "world_size"), [(7, 1), (7, 2), (7, 3), (2, 3)])
-def test_validation_takes_each_video_once(num_videos, world_size):
-    seen = []
-    for rank in range(world_size):
-        order = EachVideoOnce(num_videos, clips_per_gpu=2, rank=rank, world_size=world_size)
-        of_rank = list(order)
-        assert len(of_rank) == len(order)
-        seen += [sample.video for samples in of_rank for sample in samples]
-    assert sorted(seen) == list(range(num_videos))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_bring_what_this_process_would(motion_set, start_method):
+def test_workers_yield_the_same_batches_as_the_main_process(motion_set, start_method):
     clips = RandomClips(
         VideoIndex.load(motion_set.train_index),
         num_frames=4,
@@ -86,40 +35,72 @@ def test_workers_bring_what_this_process_would(motion_set, start_method):
         stream=Stream.TRAIN_CLIP,
     )
     order = ShuffledMicroBatches(
-        len(clips), seed=0, global_batch_size=4, clips_per_gpu=2, rank=0, world_size=1,
+        len(clips), seed=0, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1,
         first_step=0, last_step=3,
     )  # fmt: skip
-    loader = clip_loader(clips, order, num_workers=2, pin_memory=False)
+    loader = batch_loader(clips, order, num_workers=2, device=torch.device("cpu"))
     loader.multiprocessing_context = start_method
     expected = [clips[samples] for samples in order]
     for batch, reference in zip(loader, expected, strict=True):
-        assert torch.equal(batch.clips, reference.clips)
+        assert torch.equal(batch.inputs, reference.inputs)
         assert torch.equal(batch.labels, reference.labels)
         assert batch.broken == reference.broken
 
 
-def _worker_whose_parent_hangs_up(stderr_path, error):
-    """A worker passes a tensor on; the taker connects and leaves, or the worker itself errs."""
+def _worker_whose_parent_disconnects(stderr_path, error):
+    """A worker sends a tensor; the receiver connects and leaves, or the worker itself fails."""
     with open(stderr_path, "w") as stderr:
         os.dup2(stderr.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    _leave_stopping_to_the_parent(0)
+    _ignore_interrupts(0)
     os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: to all processes of the group
     if error is not None:
         sys.excepthook(type(error), error, None)
     address, _ = resource_sharer._resource_sharer.register(lambda *_: None, lambda: None)
-    with socket.socket(socket.AF_UNIX) as taker:
-        taker.connect(address)
-    resource_sharer.stop(timeout=30)  # the serving thread has answered all that came before
+    with socket.socket(socket.AF_UNIX) as receiver:
+        receiver.connect(address)
+    resource_sharer.stop(timeout=30)  # the serving thread has answered all requests so far
 
 
-@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="workers share memory another way")
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="workers share memory in another way")
 @pytest.mark.parametrize("error", [None, ValueError("something else")])
-def test_a_worker_is_silent_about_a_parent_that_left_and_about_nothing_else(tmp_path, error):
+def test_worker_hides_only_the_disconnect_of_its_parent(tmp_path, error):
     process = multiprocessing.get_context("spawn").Process(
-        target=_worker_whose_parent_hangs_up, args=(tmp_path / "stderr", error)
+        target=_worker_whose_parent_disconnects, args=(tmp_path / "stderr", error)
     )
     process.start()
     process.join(timeout=120)
     assert process.exitcode == 0
     assert (tmp_path / "stderr").read_text() == (f"ValueError: {error}\n" if error else "")
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "expected"),
+    [("cuda", 1, 8), ("cuda", 4, 2), ("cuda", 16, 1), ("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1)],
+)
+def test_default_workers_share_the_cores_of_the_machine(eight_cores, device, world_size, expected):
+    assert default_num_workers(torch.device(device), world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "omp_num_threads", "expected"),
+    [("cpu", 3, None, 5), ("cpu", 8, None, 1), ("cpu", 0, None, 6), ("cpu", 3, "6", 6),
+     ("cuda", 3, None, 6)],
+)  # fmt: skip
+def test_compute_threads_leave_the_workers_their_cores(
+    eight_cores, monkeypatch, device, num_workers, omp_num_threads, expected
+):
+    threads = [6]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    if omp_num_threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
+    limit_compute_threads(torch.device(device), 1, num_workers=num_workers)
+    assert threads[-1] == expected

@@ -8,7 +8,6 @@ from torchvision.transforms.v2 import functional as tv
 from i3d_gn.data.transforms import (
     CropPlan,
     evaluation_crops,
-    frames_to_clip,
     normalize_clips,
     random_crop_plan,
 )
@@ -146,24 +145,8 @@ def test_plan_must_lie_in_the_frame():
         CropPlan(256, 340, 40, 0, 224, 224)
 
 
-def test_clip_is_a_view_of_the_frames():
-    frames = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
-    clip = frames_to_clip(frames)
-    assert clip.shape == (3, 2, 4, 5)
-    assert clip[2, 1, 3, 4] == frames[1, 3, 4, 2]
-    frames[0, 0, 0, 0] = 99
-    assert clip[0, 0, 0, 0] == 99
-    batch = frames_to_clip(torch.from_numpy(frames))[None]
-    assert batch.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def test_frames_must_be_rgb_in_the_last_place():
-    with pytest.raises(ValueError, match=r"must be \(T, H, W, 3\)"):
-        frames_to_clip(np.zeros((3, 2, 4, 5), dtype=np.uint8))
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-def test_normalisation_against_float64(memory_format):
+def test_normalization_against_float64(memory_format):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8, generator=generator)

@@ -3,10 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i3d_gn.engine.metrics import RunningMetrics, video_metrics
+from i3d_gn.engine.metrics import ClassificationMetrics, video_metrics
 
 
-def test_video_metrics_against_counting_by_hand():
+def test_video_metrics_against_hand_counts():
     scores = np.array(
         [[0.9, 0.1, 0, 0, 0, 0], [0.1, 0.9, 0, 0, 0, 0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]]
     )
@@ -17,19 +17,19 @@ def test_video_metrics_against_counting_by_hand():
     assert metrics.num_videos == 3
 
 
-def test_equal_scores_rank_by_class_id_and_few_classes_have_a_top5():
+def test_ties_rank_by_class_id_and_top5_exists_for_few_classes():
     metrics = video_metrics(np.zeros((2, 3)), np.array([0, 2]))
     assert (metrics.top1, metrics.top5) == (50.0, 100.0)
 
 
 def test_no_videos_is_an_error():
-    with pytest.raises(ValueError, match="a video at least"):
+    with pytest.raises(ValueError, match="at least one video"):
         video_metrics(np.zeros((0, 3)), np.zeros(0, dtype=int))
 
 
-def test_running_metrics_ignore_weightless_clips_and_reset():
+def test_metrics_ignore_samples_of_weight_0_and_reset():
     torch.manual_seed(0)
-    metrics = RunningMetrics(torch.device("cpu"))
+    metrics = ClassificationMetrics(torch.device("cpu"))
     logits, labels = torch.randn(7, 9), torch.randint(0, 9, (7,))
     weights = torch.tensor([1.0, 1, 1, 0, 1, 1, 1])
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -40,12 +40,12 @@ def test_running_metrics_ignore_weightless_clips_and_reset():
     assert values["loss"] == pytest.approx(losses[kept].mean().item())
     hits = (logits.argmax(1) == labels)[kept]
     assert values["top1"] == pytest.approx(100 * hits.float().mean().item())
-    assert (values["clips"], values["broken"]) == (6, 2)
-    assert metrics.read_and_reset()["clips"] == 0
+    assert (values["samples"], values["broken"]) == (6, 2)
+    assert metrics.read_and_reset()["samples"] == 0
 
 
-def test_running_metrics_go_on_from_a_saved_state():
-    metrics, resumed = (RunningMetrics(torch.device("cpu")) for _ in range(2))
+def test_metrics_continue_from_saved_state():
+    metrics, resumed = (ClassificationMetrics(torch.device("cpu")) for _ in range(2))
     logits, labels, ones = torch.randn(3, 9), torch.tensor([1, 2, 3]), torch.ones(3)
     losses = F.cross_entropy(logits, labels, reduction="none")
     metrics.update(losses, logits, labels, ones, 0)

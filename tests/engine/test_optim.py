@@ -1,18 +1,17 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
+from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import make_norm
 
-RECIPE = {
-    "steps": 400_000, "lr": 0.01, "lr_batch_size": 64, "global_batch_size": 64,
-    "schedule": "step", "milestones": (150_000, 300_000), "warmup_steps": 0,
-}  # fmt: skip
+RECIPE = Recipe(steps=400_000, milestones=(150_000, 300_000))
 
 
 @pytest.mark.parametrize(
@@ -20,34 +19,32 @@ RECIPE = {
     [(0, 0.01), (149_999, 0.01), (150_000, 1e-3), (299_999, 1e-3), (300_000, 1e-4)],
 )
 def test_step_schedule_of_the_baseline(step, expected):
-    assert learning_rate(step, **RECIPE) == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(step, RECIPE) == pytest.approx(expected, rel=1e-12)
 
 
 def test_linear_scaling_with_the_global_batch():
-    assert learning_rate(0, **{**RECIPE, "global_batch_size": 32}) == pytest.approx(0.005)
+    assert learning_rate(0, replace(RECIPE, global_batch_size=32)) == pytest.approx(0.005)
 
 
-def test_warm_up_reaches_the_schedule_and_not_beyond():
-    rates = [learning_rate(step, **{**RECIPE, "warmup_steps": 4}) for step in range(7)]
+def test_warmup_rises_linearly_to_the_schedule():
+    rates = [learning_rate(step, replace(RECIPE, warmup_steps=4)) for step in range(7)]
     assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01, 0.01])
 
 
-def test_cosine_falls_from_the_peak_to_zero():
-    recipe = {**RECIPE, "schedule": "cosine", "milestones": (), "steps": 100}
-    assert learning_rate(0, **recipe) == pytest.approx(0.01)
-    assert learning_rate(50, **recipe) == pytest.approx(0.005)
-    assert learning_rate(99, **recipe) == pytest.approx(
+def test_cosine_schedule_decays_from_peak_to_zero():
+    recipe = Recipe(steps=100, schedule="cosine")
+    assert learning_rate(0, recipe) == pytest.approx(0.01)
+    assert learning_rate(50, recipe) == pytest.approx(0.005)
+    assert learning_rate(99, recipe) == pytest.approx(
         0.005 * (1 + math.cos(math.pi * 0.99)), rel=1e-9
     )
 
 
 @pytest.mark.parametrize("norm", ["gn", "bn", "ln", "in"])
-def test_weight_decay_spares_norm_parameters_alone(norm):
+def test_weight_decay_excludes_norm_parameters(norm):
     model = nn.Sequential(nn.Conv3d(3, 32, 1), make_norm(norm, 32), nn.Linear(32, 5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_sgd(
-        model, momentum=0.0, nesterov=False, weight_decay=0.5, norm_weight_decay=0.0
-    )
+    optimizer = build_sgd(model, Recipe(momentum=0.0, nesterov=False, weight_decay=0.5))
     set_lr(optimizer, 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -57,22 +54,18 @@ def test_weight_decay_spares_norm_parameters_alone(norm):
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 
-def test_no_norm_layers_leave_one_group():
-    optimizer = build_sgd(
-        nn.Linear(2, 2), momentum=0.9, nesterov=True, weight_decay=0.1, norm_weight_decay=0.0
-    )
+def test_model_without_norm_layers_has_one_parameter_group():
+    optimizer = build_sgd(nn.Linear(2, 2), Recipe())
     assert len(optimizer.param_groups) == 1
 
 
 def stepped(*, fused, channels_last, precision="fp32", steps=3):
-    """Parameters, momentum and optimiser of a small network after some steps."""
+    """Parameters, momentum and optimizer of a small network after some steps."""
     torch.manual_seed(0)
     model = i3d_tiny("gn", num_classes=5)
     if channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    optimizer = build_sgd(
-        model, momentum=0.9, nesterov=True, weight_decay=1e-4, norm_weight_decay=0.0
-    )
+    optimizer = build_sgd(model, Recipe())
     for group in optimizer.param_groups:
         group["fused"] = fused
     set_lr(optimizer, 0.05)
@@ -90,7 +83,7 @@ def stepped(*, fused, channels_last, precision="fp32", steps=3):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_fused_kernel_takes_the_same_steps(channels_last, precision):
+def test_fused_sgd_equals_plain_sgd(channels_last, precision):
     fused, _ = stepped(fused=True, channels_last=channels_last, precision=precision)
     plain, _ = stepped(fused=False, channels_last=channels_last, precision=precision)
     for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
@@ -98,7 +91,7 @@ def test_the_fused_kernel_takes_the_same_steps(channels_last, precision):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_state_of_another_memory_format_goes_on_as_it_was(channels_last):
+def test_sgd_state_loads_across_memory_formats(channels_last):
     model, optimizer = stepped(fused=True, channels_last=channels_last)
     torch.manual_seed(1)
     gradients = [torch.randn_like(p) for p in model.parameters()]
@@ -114,13 +107,10 @@ def test_a_state_of_another_memory_format_goes_on_as_it_was(channels_last):
         assert torch.equal(a, b)
 
 
-def test_a_step_that_overflowed_leaves_no_trace():
+def test_skipped_fp16_step_leaves_momentum_unchanged():
     parameter = nn.Parameter(torch.ones(3))
     model = nn.ParameterList([parameter])
-    optimizer = build_sgd(
-        model, momentum=0.9, nesterov=True, weight_decay=0.1, norm_weight_decay=0.0,
-        loss_scaling=True,
-    )  # fmt: skip
+    optimizer = build_sgd(model, Recipe(weight_decay=0.1, precision="fp16"))
     set_lr(optimizer, 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(parameter.sum() * float("inf")).backward()

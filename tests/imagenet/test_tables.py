@@ -6,11 +6,11 @@ import torch
 
 from i3d_gn import cli
 from i3d_gn.engine.typed_config import to_dict, to_yaml
+from i3d_gn.imagenet.build import build_model
 from i3d_gn.imagenet.config import load_imagenet_config
 from i3d_gn.imagenet.tables import _by_epoch, read_image_run
-from i3d_gn.imagenet.train import build_image_model
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "imagenet"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "imagenette_tiny")
 
 
@@ -21,7 +21,7 @@ def write_run(folder, config, errors, *overrides):
     lines = []
     for epoch, error in enumerate(errors, 1):
         for half in (1, 2):
-            lines.append({"kind": "train", "step": 2 * epoch - 2 + half, "clips": 10 * half,
+            lines.append({"kind": "train", "step": 2 * epoch - 2 + half, "samples": 10 * half,
                           "top1": 30.0 * half})  # fmt: skip
         lines.append({"kind": "val", "step": 2 * epoch, "epoch": epoch, "error": error})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -49,7 +49,7 @@ def test_runs_find_their_cells(tmp_path, capsys):
         run("other", "resnet101_gn_32", [*flat, 1, 1, 1, 1, 1]),
     ]
     figure = tmp_path / "curves.png"
-    assert cli.main(["table", "imagenet", *runs, "--curves", str(figure)]) == 0
+    assert cli.main(["table", *runs, "--curves", str(figure)]) == 0
     printed = capsys.readouterr().out
     assert "of resnet50, median of the last epochs (5)" in printed
     header, _, paper, ours = rows(printed, "Table 1")
@@ -74,8 +74,8 @@ def test_the_training_error_of_an_epoch_is_over_its_images(tmp_path):
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
-    assert cli.main(["table", "imagenet", str(tmp_path)]) == 2
-    assert "no config.yaml in it" in capsys.readouterr().err
+    assert cli.main(["table", str(tmp_path)]) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
 
 
 def test_configs_of_a_network_differ_by_what_their_names_say():
@@ -113,13 +113,13 @@ def test_configs_of_a_network_differ_by_what_their_names_say():
 def test_every_config_builds_on_meta(name):
     config = load_imagenet_config(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
-        model = build_image_model(config)
+        model = build_model(config, torch.device("meta"))
         side = config.data.crop_size
         images = torch.empty(2 * config.train.images_per_gpu, 3, side, side)
     assert model(images).shape == (len(images), config.model.num_classes)
 
 
 def test_training_error_of_epochs_shorter_than_a_log_line():
-    lines = [{"step": 5, "clips": 50, "top1": 20.0}, {"step": 8, "clips": 30, "top1": 60.0}]
+    lines = [{"step": 5, "samples": 50, "top1": 20.0}, {"step": 8, "samples": 30, "top1": 60.0}]
     # Epochs of 2 steps: the third has one step of the first line and one of the second.
     assert _by_epoch(lines, [2, 4, 6, 8]) == pytest.approx([80, 80, 60, 40])

@@ -11,18 +11,20 @@ from PIL import Image
 
 from i3d_gn import cli
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
+from i3d_gn.imagenet.build import build_model
 from i3d_gn.imagenet.config import load_imagenet_config
-from i3d_gn.imagenet.train import build_image_model, train_imagenet
+from i3d_gn.imagenet.train import train_imagenet
 from i3d_gn.models import i3d_tiny
 from i3d_gn.models.inflate import load_pretrained
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.norm import SplitBatchNorm
 
-WORLD = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+PROCESS = Process(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ train: {{epochs: 3, images_per_gpu: 2, num_gpus: 4, lr: 1.0, lr_batch_size: 256,
     return make
 
 
-def timeless_log(run):
+def log_without_timing(run):
     return [
         {key: value for key, value in line.items() if key != "timing"}
         for line in read_log(run / "log.jsonl")
@@ -70,16 +72,16 @@ def final(run):
     return load_checkpoint(latest_checkpoint(run / "checkpoints"))
 
 
-def test_a_run_learns_and_says_so(small, tmp_path, capsys):
-    # Group norm, which learns this with any seed; batch norm over two images does not.
+def test_run_learns_and_reports_the_median_error(small, tmp_path, capsys):
+    # Group norm learns this with any seed; batch norm over two images does not.
     config = small("model.norm=gn", "train.epochs=8", "train.milestones=[6]")
-    train_imagenet(config, WORLD)
+    train_imagenet(config, PROCESS)
     log = read_log(tmp_path / "run" / "log.jsonl")
     train_lines = [line for line in log if line["kind"] == "train"]
     val_lines = [line for line in log if line["kind"] == "val"]
     assert [line["epoch"] for line in val_lines] == list(range(1, 9))
-    assert [line["clips"] for line in val_lines] == [8] * 8
-    # 18 images are 2 batches of 8; the lr of 256 images for 8 is a 32nd, a tenth after 6 epochs.
+    assert [line["samples"] for line in val_lines] == [8] * 8
+    # 18 images are 2 batches of 8; the lr for 8 images is 1/32 of that for 256.
     assert [line["lr"] for line in train_lines] == pytest.approx([1 / 32] * 12 + [1 / 320] * 4)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["median_error"] == np.median([line["error"] for line in val_lines[-2:]])
@@ -88,9 +90,9 @@ def test_a_run_learns_and_says_so(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "brn"])
-def test_a_stopped_run_resumes_bit_for_bit(small, tmp_path, monkeypatch, norm):
+def test_resume_is_bit_identical(small, tmp_path, monkeypatch, norm):
     options = [f"model.norm={norm}"]
-    train_imagenet(small(*options, output_dir=tmp_path / "whole"), WORLD)
+    train_imagenet(small(*options, output_dir=tmp_path / "whole"), PROCESS)
     step = Trainer.step
 
     def stops(self, number, batches):
@@ -100,34 +102,34 @@ def test_a_stopped_run_resumes_bit_for_bit(small, tmp_path, monkeypatch, norm):
 
     monkeypatch.setattr(Trainer, "step", stops)
     with pytest.raises(KeyboardInterrupt):
-        train_imagenet(small(*options, output_dir=tmp_path / "cut"), WORLD)
+        train_imagenet(small(*options, output_dir=tmp_path / "cut"), PROCESS)
     monkeypatch.undo()
-    train_imagenet(small(*options, "data.num_workers=2", output_dir=tmp_path / "cut"), WORLD)
+    train_imagenet(small(*options, "data.num_workers=2", output_dir=tmp_path / "cut"), PROCESS)
     whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert whole["step"] == cut["step"] == 6
     assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
-    assert timeless_log(tmp_path / "whole") == timeless_log(tmp_path / "cut")
+    assert log_without_timing(tmp_path / "whole") == log_without_timing(tmp_path / "cut")
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_and_parts_is_the_same_experiment(small, tmp_path):
-    # Two values a channel in the last stage: rounding errors grow tenfold with every step.
+def test_any_number_of_ranks_is_the_same_experiment(small, tmp_path):
+    # Two values per channel in the last stage: rounding errors grow tenfold with every step.
     short = ["train.epochs=1", "train.milestones=[]"]
     config = small(*short, output_dir=tmp_path / "one")
-    train_imagenet(config, WORLD)
+    train_imagenet(config, PROCESS)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-            "-m", "i3d_gn.imagenet.train", str(path), f"output_dir={tmp_path / 'four'}",
+            "-m", "i3d_gn", "train-imagenet", str(path), f"output_dir={tmp_path / 'four'}",
         ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "four")]
     for one_line, four_line in zip(*logs, strict=True):
-        # Validation is with worker 0's running statistics, in whichever process.
+        # Validation uses the running statistics of worker 0 on every rank.
         tolerance = 1e-5 if one_line["kind"] == "train" else 1e-4
         assert four_line["loss"] == pytest.approx(one_line["loss"], rel=tolerance)
     one, four = final(tmp_path / "one")["model"], final(tmp_path / "four")["model"]
@@ -136,14 +138,14 @@ def test_any_number_of_processes_and_parts_is_the_same_experiment(small, tmp_pat
     # Statistics over all eight images at once are another experiment.
     train_imagenet(
         small(*short, "train.images_per_gpu=8", "train.num_gpus=1", output_dir=tmp_path / "whole"),
-        WORLD,
+        PROCESS,
     )
     whole = final(tmp_path / "whole")["model"]
     assert (whole["norm1.running_var"] - one["norm1.running_var"]).abs().max() > 1e-3
 
 
-def test_its_checkpoint_starts_a_video_network(small, tmp_path):
-    train_imagenet(small("model.norm=gn", "train.epochs=1", "train.milestones=[]"), WORLD)
+def test_checkpoint_inflates_to_a_video_network(small, tmp_path):
+    train_imagenet(small("model.norm=gn", "train.epochs=1", "train.milestones=[]"), PROCESS)
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     video = i3d_tiny("gn", 5)
     report, info = load_pretrained(video, checkpoint)
@@ -167,15 +169,15 @@ def test_its_checkpoint_starts_a_video_network(small, tmp_path):
     ],
 )
 def test_norms_by_name(small, options, wanted):
-    model = build_image_model(small(*options))
+    model = build_model(small(*options), CPU)
     kinds = [type(module).__name__ for module in model.modules()]
     assert {kind: kinds.count(kind) for kind in wanted} == wanted
     images = torch.randn(4, 3, 32, 32)
     assert model(images).shape == (4, 2)
 
 
-def test_what_batch_norm_sees(small):
-    model = build_image_model(small())
+def test_batch_norm_uses_the_images_per_gpu(small):
+    model = build_model(small(), CPU)
     layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm)]
     assert {layer.stats_batch_size for layer in layers} == {2}
     assert sum(p.numel() for p in model.parameters()) == sum(
@@ -199,35 +201,35 @@ def test_what_batch_norm_sees(small):
         ("train.milestones=[3,2]", "must increase"),
     ],
 )
-def test_mistakes_in_the_config(small, override, line):
+def test_wrong_config_is_a_one_line_error(small, override, line):
     with pytest.raises(ConfigError, match=line):
         small(override)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_one_line(small, folder, tmp_path, workers):
+def test_broken_image_is_a_one_line_error(small, folder, tmp_path, workers):
     broken = tmp_path / "val"
     shutil.copytree(folder / "val", broken)
     image = broken / "red" / "2.png"
     image.write_bytes(image.read_bytes()[:200])
     options = ["train.epochs=1", "train.milestones=[]", f"data.num_workers={workers}"]
     with pytest.raises(ValueError, match=r"2\.png: cannot be read as an image .*replace") as caught:
-        train_imagenet(small(f"data.val_folder={broken}", *options), WORLD)
+        train_imagenet(small(f"data.val_folder={broken}", *options), PROCESS)
     assert "\n" not in str(caught.value)
 
 
-def test_mistakes_in_the_data(small, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"has 2 classes, model\.num_classes is 10"):
-        train_imagenet(small("model.num_classes=10"), WORLD)
-    with pytest.raises(ValueError, match="18 images do not fill a batch of 128"):
-        train_imagenet(small("train.images_per_gpu=32"), WORLD)
+def test_wrong_data_are_one_line_errors(small, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"has 2 classes, but model\.num_classes is 10"):
+        train_imagenet(small("model.num_classes=10"), PROCESS)
+    with pytest.raises(ValueError, match="18 images are fewer than one batch of 128"):
+        train_imagenet(small("train.images_per_gpu=32"), PROCESS)
     val = tmp_path / "val"
     shutil.copytree(folder / "val", val)
     (val / "blue").rename(val / "green")
-    with pytest.raises(ValueError, match="hold other classes: 'blue' is in one of them alone"):
-        train_imagenet(small(f"data.val_folder={val}"), WORLD)
-    with pytest.raises(ValueError, match=r"3 processes cannot share.*num_gpus=4"):
-        train_imagenet(small(), World(0, 3, torch.device("cpu")))
+    with pytest.raises(ValueError, match="different classes: only one of them has 'blue'"):
+        train_imagenet(small(f"data.val_folder={val}"), PROCESS)
+    with pytest.raises(ValueError, match=r"3 ranks cannot share.*num_gpus=4"):
+        train_imagenet(small(), Process(0, 3, torch.device("cpu")))
 
 
 def test_command_line(small, tmp_path, capsys):

@@ -8,20 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.engine.checkpoint import CheckpointError, file_sha256, latest_checkpoint
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError, config_hash, to_yaml
+from i3d_gn.files import file_sha256
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
-WORLD = World(0, 1, torch.device("cpu"))
+PROCESS = Process(0, 1, torch.device("cpu"))
 
 
-def test_results_say_how_they_came_about(small_run, tmp_path):
+def test_results_record_settings_and_hashes(small_run, tmp_path):
     config = small_run("train.steps=2")
-    train(config, WORLD)
-    evaluate(config, None, WORLD)
+    train(config, PROCESS)
+    evaluate(config, None, PROCESS)
     (folder,) = (tmp_path / "run").glob("test_step_00000002_3xfull_nonlocal_*")
     results = json.loads((folder / "results.json").read_text())
     assert results["num_videos"] == 6
@@ -36,15 +37,15 @@ def test_results_say_how_they_came_about(small_run, tmp_path):
     labels = np.array(table["label"])
     assert results["top1"] == pytest.approx(100 * (ranked[:, 0] == labels).mean())
     assert results["top5"] == pytest.approx(100 * (ranked[:, :5] == labels[:, None]).any(1).mean())
-    assert results["mean_class_accuracy"] == pytest.approx(results["top1"])  # a video a class
+    assert results["mean_class_accuracy"] == pytest.approx(results["top1"])  # one video per class
     assert results["timing"]["videos"] == 6
     assert 0 < results["timing"]["data_wait_share"] < 1
 
 
-def test_tests_that_differ_keep_a_folder_each(small_run, tmp_path):
-    train(small_run("train.steps=2"), WORLD)
+def test_different_tests_write_to_different_folders(small_run, tmp_path):
+    train(small_run("train.steps=2"), PROCESS)
     for override in ("test.average=softmax", "test.average=logits", "test.average=logits"):
-        evaluate(small_run("train.steps=2", override), None, WORLD)
+        evaluate(small_run("train.steps=2", override), None, PROCESS)
     found = sorted((tmp_path / "run").glob("test_*/results.json"))
     averages = [json.loads(path.read_text())["average"] for path in found]
     assert sorted(averages) == ["logits", "softmax"]
@@ -68,12 +69,12 @@ def records_of(index):
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tmp_path):
+def test_scores_do_not_depend_on_the_number_of_ranks(small_run, motion_set, tmp_path):
     whole = VideoIndex.load(motion_set.val_index)
-    five = tmp_path / "five.parquet"  # 3 + 2 videos for two processes, 2 + 2 + 1 for three
+    five = tmp_path / "five.parquet"  # 3 + 2 videos on two ranks, 2 + 2 + 1 on three
     write_index(five, records_of(whole)[:5], class_names=whole.class_names, root=whole.root)
     config = small_run("train.steps=2", f"data.val_index={five}")
-    train(config, WORLD)
+    train(config, PROCESS)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     tables, results = [], []
@@ -81,7 +82,7 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
         subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={world_size}", "-m", "i3d_gn.video.evaluate", str(path),
+                f"--nproc-per-node={world_size}", "-m", "i3d_gn", "evaluate", str(path),
             ],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -90,7 +91,7 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
         tables.append(pq.read_table(folder / "scores.parquet"))
         results.append(json.loads((folder / "results.json").read_text()))
     timing = [result.pop("timing") for result in results]
-    assert [t["videos"] for t in timing] == [5, 3, 2]  # those of rank 0
+    assert [t["videos"] for t in timing] == [5, 3, 2]  # of rank 0
     assert results[0] == results[1] == results[2]
     assert results[0]["num_videos"] == 5
     for table in tables[1:]:
@@ -102,37 +103,48 @@ def test_any_number_of_processes_gives_the_same_scores(small_run, motion_set, tm
         )
 
 
-def test_normalisation_is_the_checkpoint_s(small_run, tmp_path):
-    config = small_run("train.steps=2", "data.mean=[0.1,0.2,0.3]")
-    train(config, WORLD)
-    first = evaluate(config, None, WORLD)
-    second = evaluate(small_run("train.steps=2"), None, WORLD)
-    assert first is not None
-    assert second is not None
-    assert (first["top1"], first["top5"]) == (second["top1"], second["top5"])
+def test_mean_and_std_are_those_of_the_checkpoint(small_run, tmp_path):
+    def scores(*overrides):
+        config = small_run("train.steps=2", *overrides)
+        results = evaluate(config, None, PROCESS)
+        tested = [p for p in (tmp_path / "run").glob("test_*") if (p / "results.json").is_file()]
+        (folder,) = [p for p in tested if config_hash(config) in (p / "results.json").read_text()]
+        return results, np.array(pq.read_table(folder / "scores.parquet")["scores"].to_pylist())
+
+    trained = "data.mean=[0.1,0.2,0.3]"
+    train(small_run("train.steps=2", trained), PROCESS)
+    (first, as_trained), (second, as_default) = scores(trained), scores()
     assert first["config_sha256"] != second["config_sha256"]
+    np.testing.assert_array_equal(as_trained, as_default)
+    # Scores do depend on the mean that the checkpoint holds.
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002.pt")
+    saved["input"]["mean"] = [0.9, 0.9, 0.9]
+    torch.save(saved, tmp_path / "run" / "checkpoints" / "step_00000002.pt")
+    _, other = scores("test.num_clips=3", "seed=1")
+    assert np.abs(other - as_trained).max() > 1e-3
 
 
-def test_what_does_not_fit_is_one_clear_line(small_run, tmp_path):
+def test_mismatches_are_one_line_errors(small_run, tmp_path):
     config = small_run("train.steps=2")
     with pytest.raises(CheckpointError, match="no checkpoint under .*; train first"):
-        evaluate(config, None, WORLD)
-    train(config, WORLD)
+        evaluate(config, None, PROCESS)
+    train(config, PROCESS)
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     with pytest.raises(
         CheckpointError, match=r"another model than this config's: model.norm: gn -> bn"
     ):
-        evaluate(small_run("model.norm=bn"), checkpoint, WORLD)
+        evaluate(small_run("model.norm=bn"), checkpoint, PROCESS)
     with pytest.raises(
-        ConfigError, match=r"train.parquet has 6 classes, model.num_classes is 7; set model.num_cla"
+        ConfigError,
+        match=r"train.parquet has 6 classes, but model.num_classes is 7; set model.num_cla",
     ):
-        train(small_run("model.num_classes=7", output_dir=tmp_path / "other"), WORLD)
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        evaluate(config, tmp_path / "nowhere.pt", WORLD)
+        train(small_run("model.num_classes=7", output_dir=tmp_path / "other"), PROCESS)
+    with pytest.raises(CheckpointError, match="checkpoint not found"):
+        evaluate(config, tmp_path / "nowhere.pt", PROCESS)
 
 
-def test_a_checkpoint_of_other_classes_is_refused(small_run, motion_set, tmp_path):
-    train(small_run("train.steps=2"), WORLD)
+def test_checkpoint_of_other_classes_is_refused(small_run, motion_set, tmp_path):
+    train(small_run("train.steps=2"), PROCESS)
     index = VideoIndex.load(motion_set.val_index)
     names = index.class_names
     other = tmp_path / "other.parquet"
@@ -143,12 +155,12 @@ def test_a_checkpoint_of_other_classes_is_refused(small_run, motion_set, tmp_pat
         match=f"other classes than those of .*other.parquet: class 0 is '{names[0]}' there and "
         f"'{names[1]}' here; .*--label-map",
     ):
-        evaluate(small_run("train.steps=2", f"data.val_index={other}"), None, WORLD)
+        evaluate(small_run("train.steps=2", f"data.val_index={other}"), None, PROCESS)
 
 
-def test_indexes_that_number_classes_differently_are_refused(small_run, motion_set, tmp_path):
+def test_indexes_with_different_class_ids_are_refused(small_run, motion_set, tmp_path):
     index = VideoIndex.load(motion_set.val_index)
     other = tmp_path / "other.parquet"
     write_index(other, records_of(index), class_names=index.class_names[::-1], root=index.root)
-    with pytest.raises(ConfigError, match="number their classes differently; .* --label-map"):
-        train(small_run(f"data.val_index={other}"), WORLD)
+    with pytest.raises(ConfigError, match="have different class ids; .* --label-map"):
+        train(small_run(f"data.val_index={other}"), PROCESS)

@@ -3,18 +3,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.transforms import evaluation_crops, normalize_clips
 from i3d_gn.data.videos import TestVideos
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.models import i3d_tiny
-from i3d_gn.video.multi_clip import evaluate_videos, read_parts, score_video
+from i3d_gn.video.multi_clip import VideoScorer, score_videos
+from i3d_gn.video.scores import VideoScore, read_parts, write_part
 from i3d_gn.video_io.decode import decode_frames
 from i3d_gn.video_io.index import VideoIndex
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-TO_DEVICE = DeviceClips(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
-WORLD = World(0, 1, torch.device("cpu"))
+TO_DEVICE = ToDevice(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
+PROCESS = Process(0, 1, torch.device("cpu"))
 WINDOW = (2, 2)  # of a 36 pixel crop's feature map
 
 
@@ -40,7 +41,7 @@ def videos_of(index, spatial="full", num_clips=4):
 
 
 def brute_force(model, index, video, *, spatial, average, num_clips=4, window=WINDOW):
-    """Cut every clip by itself from the file, run it by itself, average by loops."""
+    """Decode and run every clip by itself, and average in loops."""
     length = int(index.num_frames[video])
     plan, crops = evaluation_crops(
         int(index.heights[video]),
@@ -56,13 +57,13 @@ def brute_force(model, index, video, *, spatial, average, num_clips=4, window=WI
         frames = decode_frames(index.path_of(video), indices, plan=plan)
         for top, left, height, width in crops:
             clip_tensor = torch.from_numpy(frames[:, top : top + height, left : left + width])
-            normalised = normalize_clips(clip_tensor.permute(3, 0, 1, 2)[None], MEAN, STD)
+            normalized = normalize_clips(clip_tensor.permute(3, 0, 1, 2)[None], MEAN, STD)
             features = {}
             hook = model.res5.register_forward_hook(
                 lambda *a, features=features: features.update(map=a[2])
             )
             with torch.no_grad():
-                model(normalised)
+                model(normalized)
             hook.remove()
             (fmap,) = features["map"]
             for row in range(fmap.shape[2] - window[0] + 1):
@@ -75,38 +76,24 @@ def brute_force(model, index, video, *, spatial, average, num_clips=4, window=WI
 
 @pytest.mark.parametrize("average", ["softmax", "logits"])
 @pytest.mark.parametrize("spatial", ["full", "three_crop", "center"])
-def test_scores_equal_a_brute_force_loop_over_clips(model, index, spatial, average):
+def test_scores_equal_a_brute_force_loop(model, index, spatial, average):
     video = videos_of(index, spatial)[2]
-    assert len(video.frames) < 4 * 8  # clips do share frames
+    assert len(video.frames) < 4 * 8  # clips share frames
     for clips_per_forward in (1, 3, 10):
-        ours = score_video(
-            model,
-            video,
-            to_device=TO_DEVICE,
-            window=WINDOW,
-            average=average,
-            clips_per_forward=clips_per_forward,
-        )
+        scorer = VideoScorer(model, TO_DEVICE, WINDOW, average, clips_per_forward)
+        ours = scorer(video)
         expected = brute_force(model, index, 2, spatial=spatial, average=average)
         torch.testing.assert_close(ours.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 def run(model, index, folder, tag="tag"):
-    return evaluate_videos(
-        model,
-        videos_of(index),
-        to_device=TO_DEVICE,
-        world=WORLD,
-        folder=folder,
-        tag=tag,
-        window=WINDOW,
-        average="softmax",
-        clips_per_forward=4,
-        num_workers=0,
+    scorer = VideoScorer(model, TO_DEVICE, WINDOW, "softmax", clips_per_forward=4)
+    return score_videos(
+        scorer, videos_of(index), folder=folder, tag=tag, process=PROCESS, num_workers=0
     )
 
 
-def test_scores_are_written_once_a_video_and_metrics_follow_from_them(model, index, tmp_path):
+def test_scores_are_written_once_per_video(model, index, tmp_path):
     outcome = run(model, index, tmp_path)
     assert outcome is not None
     table = pq.read_table(tmp_path / "scores.parquet").to_pydict()
@@ -119,18 +106,20 @@ def test_scores_are_written_once_a_video_and_metrics_follow_from_them(model, ind
     assert not (tmp_path / "parts").exists()
 
 
-def test_a_stopped_test_goes_on_and_ends_the_same(model, index, tmp_path, monkeypatch):
+def test_stopped_test_resumes_with_the_same_scores(model, index, tmp_path, monkeypatch):
     run(model, index, tmp_path / "whole")
     monkeypatch.setattr("i3d_gn.video.multi_clip.VIDEOS_PER_PART", 2)
     scored = []
 
-    def stops_after_five(network, video, **options):
+    score = VideoScorer.__call__
+
+    def stops_after_five(scorer, video):
         scored.append(video.video)
         if len(scored) == 5:
             raise KeyboardInterrupt
-        return score_video(network, video, **options)
+        return score(scorer, video)
 
-    monkeypatch.setattr("i3d_gn.video.multi_clip.score_video", stops_after_five)
+    monkeypatch.setattr(VideoScorer, "__call__", stops_after_five)
     with pytest.raises(KeyboardInterrupt):
         run(model, index, tmp_path / "stopped")
     assert [s.video for s in read_parts(tmp_path / "stopped" / "parts" / "tag")] == [0, 1, 2, 3]
@@ -140,25 +129,31 @@ def test_a_stopped_test_goes_on_and_ends_the_same(model, index, tmp_path, monkey
     assert tables[0].equals(tables[1])
 
 
-def test_scores_of_other_weights_are_not_taken_over(model, index, tmp_path, monkeypatch):
-    parts = tmp_path / "parts" / "other"
-    parts.mkdir(parents=True)
-    calls = []
-    monkeypatch.setattr(
-        "i3d_gn.video.multi_clip.score_video",
-        lambda _model, video, **_: calls.append(video.video) or torch.ones(6),
-    )
+def test_scores_of_another_tag_are_not_reused(model, index, tmp_path):
+    run(model, index, tmp_path / "whole")
+    wrong = np.full(6, 1 / 6, dtype=np.float32)
+    write_part(tmp_path / "parts" / "other", [VideoScore(v, 0, wrong, None) for v in range(6)], 0)
     run(model, index, tmp_path, tag="ours")
-    assert calls == list(range(len(index)))
+    tables = [pq.read_table(folder / "scores.parquet") for folder in (tmp_path / "whole", tmp_path)]
+    assert tables[0].equals(tables[1])
 
 
-def test_scores_that_are_not_finite_are_an_error(model, index, tmp_path):
+def test_scores_of_the_same_tag_are_reused(model, index, tmp_path):
+    saved = np.arange(6, dtype=np.float32)
+    write_part(tmp_path / "parts" / "tag", [VideoScore(2, 0, saved, None)], 0)
+    run(model, index, tmp_path)
+    scores = pq.read_table(tmp_path / "scores.parquet")["scores"].to_pylist()
+    assert scores[2] == saved.tolist()
+    assert sum(scores[1]) == pytest.approx(1)
+
+
+def test_non_finite_scores_are_an_error(model, index, tmp_path):
     torch.nn.init.constant_(model.head.linear.bias, float("nan"))
     with pytest.raises(ValueError, match=f"6 of 6 videos have .*not finite.*{index.paths[0]}"):
         run(model, index, tmp_path)
 
 
-def test_a_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monkeypatch):
+def test_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monkeypatch):
     whole = TestVideos.__getitem__
 
     def breaks_one(self, video):

@@ -1,0 +1,85 @@
+"""What training classifiers of clips and of images have in common: loss, accuracy, validation."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from i3d_gn.data.batches import Batch
+from i3d_gn.data.to_device import ToDevice
+from i3d_gn.engine.distributed import Process, broadcast_from_main
+from i3d_gn.engine.loop import Task
+from i3d_gn.engine.metrics import ClassificationMetrics
+
+
+class ClassificationTask(Task):
+    """Training with cross-entropy, measured by top-1 and top-5 accuracy.
+
+    Args:
+        process: This rank.
+        micro_batch_size: Samples of a complete micro-batch, by which its loss is divided: a broken
+            sample contributes nothing, and the others weigh the same as ever.
+    """
+
+    to_device: ToDevice  # set when weights are loaded: mean and std belong to them
+
+    def __init__(self, process: Process, *, micro_batch_size: int) -> None:
+        self.process = process
+        self.micro_batch_size = micro_batch_size
+        self._metrics = ClassificationMetrics(process.device)
+
+    @property
+    def metrics(self) -> ClassificationMetrics:
+        """Loss and accuracy over the training samples since the last log line."""
+        return self._metrics
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a micro-batch."""
+        losses, weights = _cross_entropy(network, batch, self.to_device, self.metrics)
+        return (losses * weights).sum() / self.micro_batch_size
+
+    def summary(self, values: dict[str, float]) -> str:
+        """Loss and top-1 accuracy."""
+        return f"loss {values['loss']:.4f}  top-1 {values['top1']:.1f} %"
+
+    def state(self) -> dict[str, Any]:
+        """How the input must be normalized for these weights."""
+        return {"input": {"mean": list(self.to_device.mean), "std": list(self.to_device.std)}}
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: Iterable[Batch], to_device: ToDevice
+) -> tuple[dict[str, float], list[str]]:
+    """Loss and accuracy over samples ([GN] Fig. 7: one augmented clip per video).
+
+    All ranks use the running statistics of rank 0, which are the ones that checkpoints save.
+
+    Returns:
+        `ClassificationMetrics.read_and_reset()` over all ranks, and one line for each sample of
+        this rank that failed to decode.
+    """
+    model.eval()
+    broadcast_from_main(model.buffers())
+    metrics = ClassificationMetrics(to_device.device)
+    broken: list[str] = []
+    for batch in batches:
+        _cross_entropy(model, batch, to_device, metrics)
+        broken += batch.broken
+    return metrics.read_and_reset(), broken
+
+
+def _cross_entropy(
+    network: nn.Module, batch: Batch, to_device: ToDevice, metrics: ClassificationMetrics
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and weights (N,) of a batch, which is added to `metrics`."""
+    inputs = to_device(batch.inputs)
+    labels = batch.labels.to(to_device.device, non_blocking=True)
+    weights = batch.weights.to(to_device.device, non_blocking=True)
+    with to_device.autocast():
+        logits = network(inputs)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    metrics.update(losses, logits, labels, weights, len(batch.broken))
+    return losses, weights

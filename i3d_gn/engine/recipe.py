@@ -1,0 +1,60 @@
+"""The recipe of a training run: what any task needs to know about optimization and bookkeeping."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from i3d_gn.engine.typed_config import ConfigError, check_numbers, machine_key
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is optimized, and when it logs, validates and saves.
+
+    Lengths are in optimizer steps. A task extends it to its own `train` section of the config, or
+    makes one from it.
+    """
+
+    steps: int = MISSING
+    global_batch_size: int = 64
+    lr: float = 0.01  # at a global batch of lr_batch_size; scaled linearly from there
+    lr_batch_size: int = 64
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[int, ...] = ()  # steps after which lr is multiplied by 0.1
+    warmup_steps: int = 0
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    norm_weight_decay: float = 0.0  # of gamma and beta
+    clip_grad_norm: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    log_every: int = machine_key(20)
+    validate_every: int = 10_000
+    checkpoint_every: int = machine_key(5_000)
+    keep_checkpoints: int = machine_key(3)
+
+
+def check_optimizer_values(train: Any, where: str) -> None:
+    """Check what a recipe, or the section of a config that becomes one, says about the optimizer.
+
+    `where` stands before the key in messages.
+
+    Raises:
+        ConfigError: A value is out of range, or does not go with the others.
+    """
+    check_numbers(
+        train,
+        where,
+        at_least_1=("lr_batch_size", "milestones"),
+        not_negative=("lr", "weight_decay", "norm_weight_decay"),
+    )
+    if not 0 <= train.momentum < 1:
+        raise ConfigError(f"{where}momentum is {train.momentum}; it must lie in [0, 1)")
+    if train.nesterov and not train.momentum:
+        raise ConfigError(
+            f"{where}nesterov needs momentum, which is 0; set nesterov to false, or a momentum"
+        )
+    if list(train.milestones) != sorted(set(train.milestones)):
+        raise ConfigError(f"{where}milestones {list(train.milestones)} must increase")

@@ -1,0 +1,54 @@
+"""The commands of this room: their options, and what runs. Torch is imported when one runs."""
+
+import argparse
+from pathlib import Path
+
+from i3d_gn.engine.command import config_parser, start_logging
+
+
+def train(argv: list[str]) -> int:
+    """`i3d-gn train-imagenet`."""
+    parser = config_parser(
+        "train-imagenet",
+        "Train an image network from one YAML file, as [GN] section 4.1 does on ImageNet.",
+        "configs/imagenet/gn.yaml",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and exit"
+    )
+    args = parser.parse_intermixed_args(argv)
+    from i3d_gn.engine.typed_config import to_yaml
+    from i3d_gn.imagenet.config import load_imagenet_config
+
+    config = load_imagenet_config(args.config, tuple(args.overrides))
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from i3d_gn.engine.distributed import init_process_group
+    from i3d_gn.imagenet.train import train_imagenet
+
+    start_logging()
+    with init_process_group() as process:
+        train_imagenet(config, process)
+    return 0
+
+
+def table(argv: list[str]) -> int:
+    """`i3d-gn table`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn table",
+        description="Print the paper's Tables 1 to 3 with the results of runs beside its own.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
+    parser.add_argument(
+        "--curves", type=Path, help="also plot errors over epochs and batch size (Figs. 1 and 5)"
+    )
+    args = parser.parse_args(argv)
+    from i3d_gn.imagenet.tables import imagenet_tables, plot, read_image_run
+
+    runs = [read_image_run(path) for path in args.runs]
+    print(imagenet_tables(runs))
+    if args.curves is not None:
+        plot(runs, args.curves)
+        print(f"\ncurves: {args.curves}")
+    return 0

@@ -1,0 +1,128 @@
+"""Scores of videos on disk: parts while a test runs, one table at the end.
+
+    <folder>/parts/<tag>/<first video>-<last video>-<rank>.parquet
+    <folder>/scores.parquet      all parts, merged at the end
+
+Parts make a test resumable with any number of ranks: a video with a score is not scored again.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from i3d_gn.engine.metrics import VideoMetrics, video_metrics
+from i3d_gn.files import atomic_output
+from i3d_gn.video_io.index import VideoIndex
+
+
+@dataclass(frozen=True)
+class VideoScore:
+    """The scores (K,) of one video, or why it has none."""
+
+    video: int
+    label: int
+    scores: npt.NDArray[np.float32] | None
+    broken: str | None
+
+
+@dataclass(frozen=True)
+class TestOutcome:
+    """Accuracy over the videos that decode, and why the others do not.
+
+    Attributes:
+        metrics: Accuracy.
+        skipped: Path below the index's root -> reason.
+        timing: Of this rank: `videos` tested now, `seconds`, and `data_wait_share`, the fraction of
+            them spent waiting for frames. Near 0 the network is the bottleneck, else decoding.
+    """
+
+    __test__ = False
+
+    metrics: VideoMetrics
+    skipped: dict[str, str]
+    timing: dict[str, float]
+
+    def summary(self) -> dict[str, float]:
+        """The metrics and the number of skipped videos."""
+        return {**asdict(self.metrics), "num_skipped": len(self.skipped)}
+
+
+def write_part(parts: Path, scores: Sequence[VideoScore], rank: int) -> None:
+    """Write the scores of some videos, atomically."""
+    table = pa.table(
+        {
+            "video": pa.array([s.video for s in scores], pa.int64()),
+            "label": pa.array([s.label for s in scores], pa.int64()),
+            "scores": pa.array([s.scores for s in scores], pa.list_(pa.float32())),
+            "broken": pa.array([s.broken for s in scores], pa.string()),
+        }
+    )
+    name = f"{scores[0].video:08d}-{scores[-1].video:08d}-{rank}.parquet"
+    _write_table(parts / name, table)
+
+
+def read_parts(parts: Path) -> list[VideoScore]:
+    """All scores written so far, each video once, in the order of the index."""
+    found: dict[int, VideoScore] = {}
+    for path in sorted(parts.glob("[0-9]*.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            scores = None if row["scores"] is None else np.array(row["scores"], dtype=np.float32)
+            score = VideoScore(row["video"], row["label"], scores, row["broken"])
+            found.setdefault(score.video, score)
+    return [found[video] for video in sorted(found)]
+
+
+def merge_parts(
+    parts: Path, index: VideoIndex, folder: Path
+) -> tuple[VideoMetrics, dict[str, str]]:
+    """Replace all parts by `folder`/scores.parquet.
+
+    Returns:
+        Accuracy, and the reason for each skipped video by its path.
+
+    Raises:
+        RuntimeError: A video has no score: the ranks do not share `folder`.
+        ValueError: No video could be decoded, or scores are not finite.
+    """
+    scores = read_parts(parts)
+    if len(scores) != len(index):
+        raise RuntimeError(
+            f"{parts} holds scores of {len(scores)} of {len(index)} videos: the ranks do not write "
+            "to the same folder; use storage that all of them share, and run again"
+        )
+    scored = [(s, s.scores) for s in scores if s.scores is not None]
+    if not scored:
+        raise ValueError(f"none of {len(scores)} videos could be decoded: {scores[0].broken}")
+    matrix = np.stack([row for _, row in scored])
+    bad = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
+    if len(bad):
+        first = scored[int(bad[0])][0].video
+        raise ValueError(
+            f"{len(bad)} of {len(matrix)} videos have scores that are not finite, the first "
+            f"is {index.paths[first]}: the network diverged, or its arithmetic overflowed; test an "
+            "earlier checkpoint, or with precision fp32"
+        )
+    metrics = video_metrics(matrix, np.array([s.label for s, _ in scored]))
+    table = pa.table(
+        {
+            "path": pa.array([index.paths[s.video] for s, _ in scored], pa.string()),
+            "label": pa.array([s.label for s, _ in scored], pa.int64()),
+            "scores": pa.array(list(matrix), pa.list_(pa.float32())),
+        }
+    ).replace_schema_metadata({"class_names": json.dumps(list(index.class_names))})
+    _write_table(folder / "scores.parquet", table)
+    shutil.rmtree(folder / "parts")
+    skipped = {index.paths[s.video]: s.broken for s in scores if s.broken is not None}
+    return metrics, skipped
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with atomic_output(path) as temporary:
+        pq.write_table(table, temporary)
