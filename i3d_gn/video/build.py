@@ -13,7 +13,7 @@ from i3d_gn.data.videos import RandomClips, TestVideos
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_tiny
-from i3d_gn.models.inflate import load_pretrained
+from i3d_gn.models.inflate import NormMismatchError, load_imagenet_weights
 from i3d_gn.norm import make_norm
 from i3d_gn.video.config import Config
 from i3d_gn.video_io.index import VideoIndex
@@ -87,11 +87,15 @@ def load_starting_weights(
     mean, std = config.data.mean, config.data.std
     if config.model.weights is None:
         return mean or IMAGENET_MEAN, std or IMAGENET_STD
-    report, info = load_pretrained(
-        model,
-        config.model.weights,
-        convolutions_only=config.model.weights_convolutions_only,
-    )
+    try:
+        report = load_imagenet_weights(
+            model,
+            config.model.weights,
+            convolutions_only=config.model.weights_convolutions_only,
+        )
+    except NormMismatchError as error:
+        raise ConfigError(f"{error} (model.weights_convolutions_only: true)") from error
+    info = report.info
     logger.info("weights %s: %s", config.model.weights, report)
     for key, given, needed in (("mean", mean, info.mean), ("std", std, info.std)):
         if given and needed and max(abs(g - n) for g, n in zip(given, needed, strict=True)) > 1e-4:

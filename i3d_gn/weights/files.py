@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from i3d_gn.files import atomic_output
 from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
 
 # torch.save before 1.6 begins with this pickled number, not with a zip archive.
@@ -93,16 +94,11 @@ def write_safetensors(
         ValueError: the file cannot be written there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     own_memory = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dataclasses.asdict(info))}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_output(path) as temporary:
             save_file(own_memory, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be written ({error}); give the path of a file in a folder that can be "

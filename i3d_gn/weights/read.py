@@ -1,19 +1,16 @@
 """Weights of other codebases and of ours, under our names, with what they need to be used right."""
 
 import dataclasses
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
+from i3d_gn.weights.download import download_weights, is_published_name, is_torchvision_name
 from i3d_gn.weights.files import WeightsInfo, read_weight_file, write_safetensors
 from i3d_gn.weights.tensor_names import (
     Naming,
@@ -29,18 +26,22 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _KINETICS_MEAN, _KINETICS_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 # Detectron config.py PIXEL_MEANS, here as RGB.
 _DETECTRON_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
-_TORCHVISION_ENUM = re.compile(r"(ResNet50|ResNet101|VGG16|VGG16_BN)_Weights\.\w+")
-_PYTORCHVIDEO_ZOO = "pytorchvideo/"
-_ZOO_NAMES = ("i3d_r50", "c2d_r50")
 _BN_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's tensors under our names, and what is known of the network."""
+    """A network's tensors under our names, and what is known of the network.
+
+    Attributes:
+        tensors: Tensors by our names.
+        info: What is known of the network.
+        source_names: Our names -> those of the source, for messages.
+    """
 
     tensors: dict[str, Tensor]
     info: WeightsInfo
+    source_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
@@ -56,13 +57,11 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
     """
     origin = "the given state dict" if isinstance(source, Mapping) else str(source)
     info: WeightsInfo | None = None
-    from_torchvision_itself = _TORCHVISION_ENUM.fullmatch(origin) is not None
     if isinstance(source, Mapping):
         content: Any = source
-    elif from_torchvision_itself or origin.startswith(_PYTORCHVIDEO_ZOO):
-        content = _download(origin)
     else:
-        content, info = read_weight_file(source)
+        path = download_weights(origin) if is_published_name(origin) else source
+        content, info = read_weight_file(path)
     tensors = _tensors_of(content, origin)
     naming = naming_of(tensors)
     if naming is None:
@@ -71,19 +70,22 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
             "known are ResNet-50/101 and VGG-16 of torchvision, timm, GroupNorm-reproduce, "
             "Detectron (GN), video-nonlocal-net, PySlowFast, pytorchvideo, mmaction2 and i3d_gn"
         )
-    renamed = _rename(tensors, naming, origin)
+    source_names = _source_names(tensors, naming, origin)
+    renamed = {own: tensors[theirs] for own, theirs in source_names.items()}
+    if "head.linear.weight" in renamed:  # a 1x1x1 convolution in fully convolutional testing
+        renamed["head.linear.weight"] = renamed["head.linear.weight"].flatten(1)
     if info is not None:
-        return Weights(renamed, info)
+        return Weights(renamed, info, source_names)
     if isinstance(content, Mapping) and {"config", "input", "model"} <= content.keys():
-        return Weights(renamed, _info_of_checkpoint(content, renamed))
+        return Weights(renamed, _info_of_checkpoint(content, renamed), source_names)
     if naming == "caffe2_bn":
         renamed = _complete_affine(renamed)
     info = _info_by_naming(naming, renamed)
     if naming == "caffe2_gn":
         renamed["conv1.weight"] = _fold_input(renamed["conv1.weight"], info)
-    if from_torchvision_itself:
+    if is_torchvision_name(origin):
         info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD, stride_in="3x3")
-    return Weights(renamed, info)
+    return Weights(renamed, info, source_names)
 
 
 def write_weights(path: str | PathLike[str], weights: Weights, *, naming: Naming) -> None:
@@ -128,42 +130,6 @@ def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Ten
     return {str(renamed[name]): tensor for name, tensor in tensors.items()}
 
 
-def _download(name: str) -> dict[str, Any]:
-    """What torchvision or pytorchvideo publishes under `name`, by way of torch.hub's cache."""
-    check_hash = False
-    if name.startswith(_PYTORCHVIDEO_ZOO):
-        url = _zoo_address(name.removeprefix(_PYTORCHVIDEO_ZOO))
-    else:
-        try:
-            url = torchvision.models.get_weight(name).url
-        except (ValueError, AttributeError, KeyError) as error:
-            raise ValueError(f"torchvision has no weights {name!r}: {error}") from error
-        check_hash = True
-    try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=check_hash, weights_only=True
-        )
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"weights {name}: cannot be had from {url} ({reason}); check the connection, or fetch "
-            "the file elsewhere and give its path"
-        ) from error
-
-
-def _zoo_address(zoo_name: str) -> str:
-    with warnings.catch_warnings():
-        # It scripts functions when it is imported, which current torch has deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
-        from pytorchvideo.models.hub.resnet import checkpoint_paths  # noqa: PLC0415
-    if zoo_name not in _ZOO_NAMES:
-        raise ValueError(
-            f"weights {_PYTORCHVIDEO_ZOO}{zoo_name}: of pytorchvideo's zoo {', '.join(_ZOO_NAMES)} "
-            "are networks known here"
-        )
-    return checkpoint_paths[zoo_name]
-
-
 def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
     """The state dict within `content`; arrays become tensors, what is no weight is left out."""
     for wrapper in ("state_dict", "model_state", "model"):
@@ -187,40 +153,39 @@ def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def _rename(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[str, Tensor]:
+def _source_names(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[str, str]:
+    """Our names -> those of the source."""
     if "features.0.weight" in tensors or "conv1_1.conv.weight" in tensors:
-        return _rename_vgg(tensors, origin)
+        return _vgg_source_names(tensors, origin)
     renamed = {name: own_name(name, naming) for name in tensors}
     unknown = [name for name, own in renamed.items() if own is None]
     if unknown:
         raise ValueError(
-            f"weights {origin}: by its names a network of {naming}, but no plain ResNet: "
-            f"{_some(unknown)} have no place (non-local blocks, two pathways and Caffe's BGR "
-            "batch norm models are not supported)"
+            f"weights {origin}: the names are those of {naming}, but the network is no plain "
+            f"ResNet: unknown tensors {_some(unknown)} (non-local blocks, two pathways and Caffe's "
+            "BGR batch norm models are not supported)"
         )
-    own = {str(renamed[name]): tensor for name, tensor in tensors.items()}
-    if len(own) < len(tensors):
+    source_names = {str(own): name for name, own in renamed.items()}
+    if len(source_names) < len(tensors):
         twice = [name for name in tensors if list(renamed.values()).count(renamed[name]) > 1]
         raise ValueError(
-            f"weights {origin}: {_some(twice)} are the same tensors under two names; leave one out"
+            f"weights {origin}: {_some(twice)} are two names of one tensor; remove one of them"
         )
-    if "head.linear.weight" in own:  # a 1x1x1 convolution in fully convolutional testing
-        own["head.linear.weight"] = own["head.linear.weight"].flatten(1)
-    return own
+    return source_names
 
 
-def _rename_vgg(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+def _vgg_source_names(tensors: Mapping[str, Tensor], origin: str) -> dict[str, str]:
     with_norm = "features.1.weight" in tensors or "conv1_1.norm.weight" in tensors
     theirs = {their: own for own, their in vgg16_names(with_norm=with_norm).items()}
     own_layers = set(theirs.values())
-    renamed = {}
-    for name, tensor in tensors.items():
+    source_names = {}
+    for name in tensors:
         layer, _, kind = name.rpartition(".")
         own = layer if layer in own_layers else theirs.get(layer)
         if own is None:
-            raise ValueError(f"weights {origin}: {name} is no tensor of a VGG-16")
-        renamed[f"{own}.{kind}"] = tensor
-    return renamed
+            raise ValueError(f"weights {origin}: a VGG-16 has no tensor {name}")
+        source_names[f"{own}.{kind}"] = name
+    return source_names
 
 
 def _complete_affine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

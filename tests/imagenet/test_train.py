@@ -19,7 +19,7 @@ from i3d_gn.imagenet.build import build_model
 from i3d_gn.imagenet.config import load_imagenet_config
 from i3d_gn.imagenet.train import train_imagenet
 from i3d_gn.models import i3d_tiny
-from i3d_gn.models.inflate import load_pretrained
+from i3d_gn.models.inflate import load_imagenet_weights
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.norm import SplitBatchNorm
 
@@ -148,8 +148,9 @@ def test_checkpoint_inflates_to_a_video_network(small, tmp_path):
     train_imagenet(small("model.norm=gn", "train.epochs=1", "train.milestones=[]"), PROCESS)
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     video = i3d_tiny("gn", 5)
-    report, info = load_pretrained(video, checkpoint)
+    report = load_imagenet_weights(video, checkpoint)
     assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    info = report.info
     assert (info.norm, info.num_groups, info.mean) == ("gn", 8, (0.485, 0.456, 0.406))
     kernel = final(tmp_path / "run")["model"]["res3.0.conv1.weight"]
     torch.testing.assert_close(video.res3[0].conv1.weight.sum(2), kernel)

@@ -62,5 +62,5 @@ def test_every_tensor_has_a_place():
 @pytest.mark.parametrize("key", ["blocks.2.weight", "blocks.1.res_blocks.0.x.weight"])
 def test_unknown_names(key):
     state = {"blocks.0.conv.weight": torch.zeros(1), key: torch.zeros(1)}
-    with pytest.raises(ValueError, match=rf"network of pytorchvideo.*: {key} have no place"):
+    with pytest.raises(ValueError, match=rf"those of pytorchvideo.*: unknown tensors {key}"):
         read_weights(state)

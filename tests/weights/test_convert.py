@@ -9,7 +9,7 @@ from i3d_gn import cli
 from i3d_gn.engine.distributed import World
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import i3d_tiny
-from i3d_gn.models.inflate import load_pretrained
+from i3d_gn.models.inflate import load_imagenet_weights
 from i3d_gn.video import build
 from i3d_gn.video.train import train
 from i3d_gn.weights.read import read_weights
@@ -81,9 +81,9 @@ def test_what_a_video_network_s_pickle_does_not_tell(tmp_path):
         info = read_weights(dest).info
         assert (info.stem, info.pool_padding, info.inflate) == (stem, padding, True)
         assert info.mean == (0.45, 0.45, 0.45)
-    load_pretrained(i3d_tiny("bn", 5, stem="8x8", pool_padding=1), dest)
-    with pytest.raises(ValueError, match=r"model\.pool_padding=0 where the weights need 1"):
-        load_pretrained(i3d_tiny("bn", 5, stem="8x8"), dest)
+    load_imagenet_weights(i3d_tiny("bn", 5, stem="8x8", pool_padding=1), dest)
+    with pytest.raises(ValueError, match=r"pool_padding=0 where the weights need 1"):
+        load_imagenet_weights(i3d_tiny("bn", 5, stem="8x8"), dest)
 
 
 @pytest.mark.parametrize(
