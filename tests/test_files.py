@@ -3,11 +3,16 @@ import pytest
 from i3d_gn.files import atomic_output, file_sha256, write_json, write_text
 
 
+def write_half(path):
+    with atomic_output(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+
 def test_output_appears_complete_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with pytest.raises(IsADirectoryError), atomic_output(path) as temporary:
-        temporary.write_text("half")
-        temporary.parent.write_text("fails")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path)
     assert list(path.parent.iterdir()) == []
     write_text(path, "old")
     with atomic_output(path) as temporary:
