@@ -6,7 +6,7 @@ import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from i3d_gn import cli
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import i3d_tiny
 from i3d_gn.models.inflate import load_imagenet_weights
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(arguments, line, plain_file, tmp_path, capsys):
 def test_a_run_takes_mean_and_deviation_from_its_weights(small_run, tmp_path):
     """Weights of a run start another: the checkpoint is read as any other file."""
     source = small_run("train.steps=1", output_dir=tmp_path / "first")
-    train(source, World(0, 1, torch.device("cpu")))
+    train(source, Process(0, 1, torch.device("cpu")))
     checkpoint = tmp_path / "first" / "checkpoints" / "step_00000001.pt"
     assert read_weights(checkpoint).info.norm == "gn"
     converted = tmp_path / "w.safetensors"
