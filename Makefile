@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first.
+# `make demo` and `make test` set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,9 +11,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# The three jobs on a data set that it makes itself: prepare, train, test with 10 clips.
+# The three jobs on a small data set that it makes: prepare, train, test with 10 clips.
 demo: $(READY)
-	@echo "== prepare: small clips of six motions, re-encoded and indexed as Kinetics would be"
+	@echo "== prepare: small clips of six motions, re-encoded and indexed like Kinetics"
 	$(BIN)/i3d-gn make-motion-clips data/demo/raw
 	$(BIN)/i3d-gn resize data/demo/raw data/demo/videos --short-side 80
 	$(BIN)/i3d-gn index data/demo/videos/train data/demo/train.parquet
@@ -24,7 +24,7 @@ demo: $(READY)
 	@echo "== the same with batch norm"
 	$(BIN)/i3d-gn train configs/demo.yaml model.norm=bn output_dir=runs/demo_bn
 	$(BIN)/i3d-gn evaluate configs/demo.yaml model.norm=bn output_dir=runs/demo_bn
-	@echo "== the same with group norm, but every clip is one frame repeated: no motion to see"
+	@echo "== the same with group norm, but every clip is one frame repeated, without motion"
 	$(BIN)/i3d-gn train configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
 	$(BIN)/i3d-gn evaluate configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
 	@echo "== result"

@@ -76,10 +76,10 @@ def loader_of(peer: str, index: VideoIndex, jobs: list[Job], *, workers: int, re
         flip_probability=0.5, backend="pyav", seed=repeat, stream=Stream.TRAIN_CLIP,
     )  # fmt: skip
     order = ShuffledMicroBatches(
-        len(index), seed=repeat, global_batch_size=BATCH, clips_per_gpu=BATCH, rank=0,
+        len(index), seed=repeat, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0,
         world_size=1, first_step=0, last_step=len(jobs) // BATCH,
     )  # fmt: skip
-    return batch_loader(clips, order, num_workers=workers, pin_memory=False)
+    return batch_loader(clips, order, num_workers=workers, device=torch.device("cpu"))
 
 
 def measure(loader, *, skip: int) -> tuple[float, float | None]:

@@ -3,7 +3,7 @@
     python benchmarks/bench_test10.py [--quick] [--json PATH]
 
 Protocol: videos of 300 frames are tested with 10 clips of 32 frames at stride 2, whole frames of
-short side 256, by the package's own `score_video` and a network small enough for a CPU (i3d_tiny).
+short side 256, by the package's own `VideoScorer` and a network small enough for a CPU (i3d_tiny).
 Three times per video are measured for each decoder: `decode` alone in one process, `network` alone
 on decoded frames, and `whole`: a `DataLoader` with one worker that decodes while the network runs,
 with the package's own dataset for `i3d_gn`, and with a minimal dataset around its decoder for the
@@ -33,9 +33,10 @@ from i3d_gn.data.loader import video_loader
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import TestVideo, TestVideos
 from i3d_gn.models import i3d_tiny
-from i3d_gn.video.multi_clip import score_video
+from i3d_gn.video.multi_clip import VideoScorer
 
 ALIGNED = "i3d_gn, aligned starts"
+CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -83,13 +84,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = i3d_tiny(num_classes=400).eval()
-    to_device = ToDevice(device=torch.device("cpu"), mean=MEAN, std=STD, precision="fp32")
-
-    def score(video: TestVideo) -> None:
-        score_video(
-            model, video, to_device=to_device, window=(7, 7), average="softmax",
-            clips_per_forward=2,
-        )  # fmt: skip
+    to_device = ToDevice(device=CPU, mean=MEAN, std=STD, precision="fp32")
+    score = VideoScorer(model, to_device, window=(7, 7), average="softmax", clips_per_forward=2)
 
     sizes = ["340x256 gop250"] + ([] if arguments.quick else ["1280x720 gop250"])
     repeats, count = (1, 3) if arguments.quick else (3, 5)
@@ -158,7 +154,7 @@ def measure(peer: str, videos: Dataset, score, count: int) -> dict[str, float]:
     network = time.perf_counter() - started
 
     loader = (
-        video_loader(videos, range(count), num_workers=1, pin_memory=False)  # type: ignore[arg-type]
+        video_loader(videos, range(count), num_workers=1, device=CPU)  # type: ignore[arg-type]
         if isinstance(videos, TestVideos)
         else DataLoader(videos, batch_size=None, num_workers=1)
     )
