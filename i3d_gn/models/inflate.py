@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from i3d_gn.models.blocks import NORM_NAMES, Bottleneck
 from i3d_gn.models.i3d import I3D, STEMS
 from i3d_gn.norm import GroupNorm
-from i3d_gn.weights.files import WeightsInfo
+from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import Weights, read_weights
 
 

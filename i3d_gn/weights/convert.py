@@ -1,91 +1,110 @@
-"""Convert weights between codebases, into safetensors that say what network they are for.
+"""Convert weights of other codebases to safetensors, with what is known of the network.
 
     i3d-gn convert SOURCE DEST.safetensors [--naming torchvision] [--stride-in 1x1] ...
 
 SOURCE is a file of torchvision, timm, GroupNorm-reproduce, Detectron (GN), video-nonlocal-net,
-PySlowFast, pytorchvideo or mmaction2, a checkpoint of training here, or a torchvision enum such as
-ResNet50_Weights.IMAGENET1K_V2. The options state what a file does not tell.
+PySlowFast, pytorchvideo or mmaction2, a checkpoint of this package, or a published name such as
+ResNet50_Weights.IMAGENET1K_V2. The options state what a file does not contain.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from i3d_gn.engine.command import run_command
-from i3d_gn.weights.files import STEM_NAMES
-from i3d_gn.weights.read import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    WeightsInfo,
-    read_weights,
-    write_weights,
-)
+from i3d_gn.engine.command import start_logging
+from i3d_gn.weights.info import STEM_NAMES
+
+if TYPE_CHECKING:
+    from i3d_gn.weights.read import Weights
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 on success."""
+    """Run the command; 0 on success.
+
+    Raises:
+        ValueError: The source cannot be read, the options do not fit it, or the destination cannot
+            be written.
+    """
+    args = _parser().parse_args(argv)
+    if args.std is not None and min(args.std) <= 0:
+        raise ValueError(f"--std {args.std}: every value must be positive")
+    start_logging()
+    # They import torch, without which --help takes a tenth of the time.
+    from i3d_gn.weights.read import read_weights, write_weights  # noqa: PLC0415
+
+    weights = _complete(read_weights(args.source), args)
+    write_weights(args.dest, weights, naming=args.naming)
+    facts = ", ".join(
+        f"{key} {value}"
+        for key, value in dataclasses.asdict(weights.info).items()
+        if value is not None
+    )
+    print(f"{args.dest}: {len(weights.tensors)} tensors with {args.naming} names; {facts}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="i3d-gn convert", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("source", help="weight file, or a torchvision enum's name")
+    parser.add_argument(
+        "source", help="weight file, or a published name such as ResNet50_Weights.IMAGENET1K_V2"
+    )
     parser.add_argument("dest", type=Path, help="safetensors file to write")
     parser.add_argument(
         "--naming",
         choices=("i3d_gn", "torchvision", "pytorchvideo"),
         default="i3d_gn",
-        help="names of the tensors written",
+        help="tensor names to write: torchvision for image networks, pytorchvideo for video "
+        "networks (default: %(default)s)",
     )
     parser.add_argument(
         "--stride-in",
         choices=("3x3", "1x1"),
-        help="convolution with a bottleneck's stride; 3x3 unless the source is known to differ",
+        help="which convolution of a bottleneck has the stride (default: known from the source, "
+        "else 3x3)",
     )
     parser.add_argument(
         "--stem",
         choices=STEM_NAMES,
-        help="stem of a video network; strided unless the source is known to differ",
+        help="stem of a video network (default: known from the source, else strided)",
     )
     parser.add_argument(
         "--pool-padding",
         type=int,
         choices=(0, 1),
-        help="spatial padding of a video network's first pool; 0 unless known to differ",
+        help="spatial padding of a video network's pool1 (default: known from the source, else 0)",
     )
-    parser.add_argument(
-        "--mean", type=float, nargs=3, help="RGB of 0..1 that the weights were trained with"
-    )
-    parser.add_argument("--std", type=float, nargs=3, help="likewise")
-    args = parser.parse_args(argv)
-    weights = read_weights(args.source)
-    info = _complete(weights.info, args)
-    write_weights(args.dest, dataclasses.replace(weights, info=info), naming=args.naming)
-    facts = ", ".join(
-        f"{key} {value}" for key, value in dataclasses.asdict(info).items() if value is not None
-    )
-    print(f"{args.dest}: {len(weights.tensors)} tensors under {args.naming} names; {facts}")
-    return 0
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{name} that normalizes the input, RGB in [0, 1] (default: known from the "
+            "source, else ImageNet's)",
+        )
+    return parser
 
 
-def _complete(info: WeightsInfo, args: argparse.Namespace) -> WeightsInfo:
-    """The options given first, then what the source tells, then what is usual."""
-    usual: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
+def _complete(weights: Weights, args: argparse.Namespace) -> Weights:
+    """Fill in what is unknown: the options first, then the source, then the defaults."""
+    from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD  # noqa: PLC0415 imports torch
+
+    info = weights.info
+    defaults: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
     if info.spatial_dims == 3:
-        usual |= {"stem": "strided", "pool_padding": 0}
+        defaults |= {"stem": "strided", "pool_padding": 0}
     elif args.stem is not None or args.pool_padding is not None:
         raise ValueError(
-            f"{args.source} is an image network, and --stem and --pool-padding are of video "
-            "networks; leave them out"
+            f"{args.source} is an image network; remove --stem and --pool-padding, which describe "
+            "video networks"
         )
-    if args.std is not None and min(args.std) <= 0:
-        raise ValueError(f"--std {args.std}: a deviation is more than 0")
     chosen = {
-        key: next(v for v in (getattr(args, key), getattr(info, key), value) if v is not None)
-        for key, value in usual.items()
+        key: next(v for v in (getattr(args, key), getattr(info, key), default) if v is not None)
+        for key, default in defaults.items()
     }
-    return dataclasses.replace(info, **chosen)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))
+    return dataclasses.replace(weights, info=dataclasses.replace(info, **chosen))

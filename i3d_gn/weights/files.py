@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +16,11 @@ from torch import Tensor
 
 from i3d_gn.files import atomic_output
 from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
+from i3d_gn.weights.info import WeightsInfo
 
 # torch.save before 1.6 begins with this pickled number, not with a zip archive.
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _METADATA_KEY = "i3d_gn"
-STEM_NAMES = ("strided", "8x8", "mmaction2")
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """What a network must be like for the weights to mean what they did.
-
-    None says that the file does not tell. The last three describe video networks, as the options of
-    `i3d_gn.models.I3D`.
-
-    Attributes:
-        source: whose weights, the naming they came in.
-        spatial_dims: 2 for kernels (O, I, H, W), 3 for (O, I, T, H, W).
-        norm: `bn` (any kind with running statistics), `gn`, `ln`, `in` or `none`.
-        num_groups, channels_per_group: of `gn`.
-        mean, std: of the input, RGB of 0..1.
-        stride_in: which convolution of a bottleneck has the stride.
-    """
-
-    source: str
-    spatial_dims: int
-    norm: str
-    num_groups: int | None = None
-    channels_per_group: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    stride_in: str | None = None
-    stem: str | None = None
-    inflate: bool | None = None
-    pool_padding: int | None = None
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | None]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from i3d_gn.weights.download import download_weights, is_published_name, is_torchvision_name
-from i3d_gn.weights.files import WeightsInfo, read_weight_file, write_safetensors
+from i3d_gn.weights.files import read_weight_file, write_safetensors
+from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.tensor_names import (
     Naming,
     naming_of,

@@ -7,7 +7,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from i3d_gn.models import I3D, i3d_resnet50
 from i3d_gn.models.inflate import NormMismatchError, inflate_kernel, load_imagenet_weights
 from i3d_gn.norm import GroupNorm
-from i3d_gn.weights.files import WeightsInfo, write_safetensors
+from i3d_gn.weights.files import write_safetensors
+from i3d_gn.weights.info import WeightsInfo
 
 SHALLOW = (1, 1, 1, 1)
 

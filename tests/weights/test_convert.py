@@ -1,5 +1,7 @@
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,13 +88,25 @@ def test_what_a_video_network_s_pickle_does_not_tell(tmp_path):
         load_imagenet_weights(i3d_tiny("bn", 5, stem="8x8"), dest)
 
 
+def test_help_does_not_import_torch():
+    program = (
+        "import atexit, sys; from i3d_gn import cli;"
+        "atexit.register(lambda: print('torch' in sys.modules)); cli.main(['convert', '--help'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert "--stride-in" in run.stdout
+    assert run.stdout.endswith("False\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["{pickle}", "{dest}"], "os.system, refused"),
         (["{plain}", "{dest}", "--stem", "8x8"], "is an image network"),
         (["{plain}", "{dest}", "--pool-padding", "0"], "is an image network"),
-        (["{plain}", "{dest}", "--std", "0.2", "0", "0.2"], "a deviation is more than 0"),
+        (["{plain}", "{dest}", "--std", "0.2", "0", "0.2"], "every value must be positive"),
         (["{plain}", "{folder}"], "cannot be written"),
         (["{folder}", "{dest}"], "is a directory"),
         (["{plain}", "{dest}", "--naming", "pytorchvideo"], "torchvision names those of images"),
@@ -127,7 +141,7 @@ def test_a_run_takes_mean_and_deviation_from_its_weights(small_run, tmp_path):
     assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
 
     wrong = small_run(f"model.weights={converted}", "data.mean=[0.485,0.456,0.406]")
-    with pytest.raises(ConfigError, match=r"data\.mean.*0\.5, 0\.4, 0\.3.*leave data\.mean out"):
+    with pytest.raises(ConfigError, match=r"data\.mean.*0\.5, 0\.4, 0\.3.*remove data\.mean"):
         build.load_starting_weights(i3d_tiny("gn", 6), wrong)
 
 

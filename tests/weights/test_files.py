@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from i3d_gn.weights.files import WeightsInfo, read_weight_file, write_safetensors
+from i3d_gn.weights.files import read_weight_file, write_safetensors
+from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import read_weights
 
 

@@ -22,13 +22,8 @@ from i3d_gn.models.inflate import load_imagenet_weights
 from i3d_gn.models.resnet2d import ResNet2d, resnet50, resnet101
 from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm
-from i3d_gn.weights.read import (
-    Weights,
-    WeightsInfo,
-    export_names,
-    read_weights,
-    write_weights,
-)
+from i3d_gn.weights.info import WeightsInfo
+from i3d_gn.weights.read import Weights, export_names, read_weights, write_weights
 
 SHALLOW = (1, 1, 1, 1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
