@@ -1,10 +1,10 @@
-"""Resizing, cropping, flipping and normalisation: what happens to the pixels of a clip.
+"""Resizing, cropping, flipping and normalization of clips.
 
-Sizes and windows are decided here as plain numbers (``CropPlan``); the decoder carries them out
-while it decodes. Only normalisation touches pixels here, on whichever device the clip is.
+Sizes and windows are chosen here as plain numbers (`CropPlan`); the decoder applies them while it
+decodes. Only normalization touches pixels here, on the device of the clip.
 
-Sources: [NL] facebookresearch/video-nonlocal-net, ``customized_video_io.cc``
-(``ScaleTransform``, ``ClipTransformFlex``).
+Sources: [NL] facebookresearch/video-nonlocal-net, `customized_video_io.cc`
+(`ScaleTransform`, `ClipTransformFlex`).
 """
 
 from collections.abc import Sequence
@@ -37,21 +37,21 @@ def random_crop_plan(
 ) -> CropPlan:
     """Training augmentation of one clip: scale jitter, random square crop, flip.
 
-    As in [NL]: the short side is a whole number uniform over ``short_side``, both ends included
+    As in [NL]: the short side is an integer, uniform over `short_side`, both ends included
     (uniform in size, not in its inverse as in PySlowFast); the long side keeps the aspect ratio,
-    rounded down; the crop's corner is uniform over all that fit.
+    rounded down; the position of the crop is uniform over all that fit.
 
     Args:
-        height: of the upright frame, in pixels.
-        width: of the upright frame, in pixels.
-        short_side: smallest and largest short side after resizing.
-        crop_size: side of the square crop.
-        flip_probability: of mirroring the clip left to right.
-        rng: source of all randomness.
+        height: Of the upright frame, in pixels.
+        width: Of the upright frame, in pixels.
+        short_side: Smallest and largest short side after resizing, in pixels.
+        crop_size: Side of the square crop, in pixels.
+        flip_probability: Of a horizontal flip.
+        rng: Source of all randomness.
 
     Raises:
-        ValueError: an empty range, a crop larger than the smallest short side, or a probability
-            outside 0 ... 1.
+        ValueError: The range is empty, the crop is larger than the smallest short side, or the
+            probability is outside [0, 1].
     """
     smallest, largest = short_side
     if not 1 <= smallest <= largest:
@@ -79,7 +79,7 @@ def random_crop_plan(
 def evaluation_crops(
     height: int, width: int, *, short_side: int, mode: SpatialMode, crop_size: int | None = None
 ) -> tuple[CropPlan, list[tuple[int, int, int, int]]]:
-    """What to decode of each frame in testing, and the crops inside it.
+    """The region of each frame to decode in testing, and the crops inside it.
 
     The region is decoded once; the crops are views of it::
 
@@ -87,24 +87,23 @@ def evaluation_crops(
                       |           |     (long side)   | 1 | 2 | 3 |              . |   | .
                       +-----------+                   +---+---+---+              . +---+ .
 
-    ``full`` is the whole frame, for fully convolutional testing. ([NL] also cuts frames longer than
-    1.6 times their short side to that; here they are whole.) ``three_crop`` lays three
+    `full` is the whole frame, for fully convolutional testing. ([NL] also cuts frames longer than
+    1.6 times their short side to that; here they are whole.) `three_crop` lays three
     squares along the long side at 0, s and 2 s with s = (long side - crop_size) // 2, as [NL] and
-    mmaction2 do; neighbours may overlap. ``center`` is the middle square.
+    mmaction2 do; neighbors may overlap. `center` is the middle square.
 
     Args:
-        height: of the upright frame, in pixels.
-        width: of the upright frame, in pixels.
-        short_side: after resizing.
-        mode: as above.
-        crop_size: side of the square, by default ``short_side``; not used by ``full``.
+        height: Of the upright frame, in pixels.
+        width: Of the upright frame, in pixels.
+        short_side: After resizing, in pixels.
+        mode: As above.
+        crop_size: Side of the squares, by default `short_side`; not used by `full`.
 
     Returns:
-        the plan of the region, and ``(top, left, height, width)`` of each crop inside the region.
+        The plan of the region, and `(top, left, height, width)` of each crop inside the region.
 
     Raises:
-        ValueError: unknown ``mode``, or a ``crop_size`` that does not fit or that ``full`` would
-            ignore.
+        ValueError: `mode` is unknown, or `crop_size` does not fit or would be ignored by `full`.
     """
     if mode not in get_args(SpatialMode):
         raise ValueError(f"mode is {mode!r}, must be one of {', '.join(get_args(SpatialMode))}")
@@ -113,7 +112,7 @@ def evaluation_crops(
     resize_height, resize_width = _resized(height, width, short_side)
     if mode == "full":
         if crop_size is not None:
-            raise ValueError(f"mode full takes the whole frame; leave crop_size ({crop_size}) out")
+            raise ValueError(f"mode full uses the whole frame; remove crop_size ({crop_size})")
         plan = CropPlan(resize_height, resize_width, 0, 0, resize_height, resize_width)
         return plan, [(0, 0, resize_height, resize_width)]
 
@@ -138,13 +137,13 @@ def normalize_clips(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``(x / 255 - mean) / std`` per channel, on the device where the clips are.
+    """`(x / 255 - mean) / std` per channel, on the device where the clips are.
 
     Args:
-        clips_uint8: uint8 ``(N, C, T, H, W)``, in any memory format, which is kept.
-        mean: one number per channel, for pixels in 0 ... 1.
-        std: likewise.
-        dtype: of the result; the arithmetic is in float32.
+        clips_uint8: uint8 (N, C, T, H, W), in any memory format, which is kept.
+        mean: One number per channel, for pixels in [0, 1].
+        std: One number per channel, for pixels in [0, 1].
+        dtype: Of the result; the arithmetic is in float32.
     """
     if clips_uint8.dtype != torch.uint8 or clips_uint8.ndim != 5:
         raise ValueError(
@@ -158,7 +157,7 @@ def normalize_clips(
             f"{channels} channels, and std must be positive"
         )
     # x * scale + shift, in the one float32 copy that the conversion makes.
-    # Not made on the device: that would wait for all work queued there.
+    # Not created on the device: that would wait for all work queued there.
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
     scale, shift = (t.to(clips_uint8.device, non_blocking=True) for t in (scale, shift))
@@ -168,7 +167,7 @@ def normalize_clips(
 
 
 def _resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width when the short side is ``short_side``; the long side is rounded down."""
+    """Height and width when the short side is `short_side`; the long side is rounded down."""
     if height < 1 or width < 1:
         raise ValueError(f"the frame is {height}x{width}, must be at least 1x1")
     if height <= width:

@@ -24,7 +24,7 @@ def test_span_counts_first_to_last_frame(num_frames, stride, span):
 
 
 @pytest.mark.parametrize(("num_frames", "stride"), [(0, 2), (-1, 2), (4, -1)])
-def test_span_rejects_what_is_no_clip(num_frames, stride):
+def test_span_rejects_invalid_clips(num_frames, stride):
     with pytest.raises(ValueError, match="must be at least"):
         clip_span(num_frames, stride)
 
@@ -57,7 +57,7 @@ def test_start_must_be_in_the_video(start):
         clip_indices(start, num_frames=2, stride=1, video_length=10)
 
 
-def test_random_start_is_uniform_over_all_that_fit():
+def test_random_start_is_uniform():
     rng = np.random.default_rng(0)
     starts = [random_start(12, num_frames=4, stride=2, rng=rng) for _ in range(6000)]
     counts = np.bincount(starts)
@@ -109,7 +109,7 @@ def test_slowfast_spacing_is_that_of_pytorchvideos_sampler(video_length):
     assert got.tolist() == [math.floor(clip.clip_start_sec) for clip in clips]
 
 
-def test_unknown_spacing_names_the_known():
+def test_unknown_spacing_lists_valid_ones():
     with pytest.raises(ValueError, match="nonlocal, uniform, slowfast"):
         spaced_starts(
             300,
@@ -125,7 +125,7 @@ def test_no_clips_is_an_error():
         spaced_starts(300, num_clips=0, num_frames=32, stride=2, spacing="uniform")
 
 
-def test_union_gives_every_clip_its_frames_back():
+def test_union_restores_every_clip():
     starts = spaced_starts(100, num_clips=10, num_frames=32, stride=2, spacing="nonlocal")
     clips = np.stack(
         [clip_indices(int(s), num_frames=32, stride=2, video_length=100) for s in starts]
@@ -136,7 +136,7 @@ def test_union_gives_every_clip_its_frames_back():
 
 
 @pytest.mark.parametrize("matrix", [np.zeros(3, int), np.zeros((2, 3))])
-def test_union_wants_a_matrix_of_integers(matrix):
+def test_union_rejects_other_input(matrix):
     with pytest.raises(ValueError, match="must hold integers"):
         union_of_clips(matrix)
 

@@ -172,6 +172,6 @@ def test_normalization_against_float64(memory_format):
         ((2, 3, 4, 5, 6), torch.uint8, (0.5,)),
     ],
 )
-def test_normalisation_explains_its_errors(shape, dtype, mean):
+def test_normalization_explains_its_errors(shape, dtype, mean):
     with pytest.raises(ValueError, match="must"):
         normalize_clips(torch.zeros(shape, dtype=dtype), mean, mean)
