@@ -21,6 +21,7 @@ from i3d_gn.models.i3d import I3D, STEMS
 from i3d_gn.norm import GroupNorm
 from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import Weights, read_weights
+from i3d_gn.weights.tensor_names import first_names
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class InflationReport:
         done = "inflated" if self.info.spatial_dims == 2 else "loaded"
         return (
             f"{done} {len(self.loaded)} tensors; {len(self.left_at_init)} left at their initial "
-            f"values ({_some(self.left_at_init)}); {len(self.unused)} of the source unused "
-            f"({_some(self.unused)})"
+            f"values ({first_names(self.left_at_init)}); {len(self.unused)} of the source unused "
+            f"({first_names(self.unused)})"
         )
 
 
@@ -84,7 +85,7 @@ def load_imagenet_weights(
         source: What `i3d_gn.weights.read.read_weights` reads (a file, a published name or a state
             dict; any naming, any floating-point type), or what it returned.
         convolutions_only: Do not load the normalization layers.
-        source_norm: `ln` or `in`, which look like `gn` in a state dict.
+        source_norm: `ln` or `in`, whose state dicts look like those of `gn`.
 
     Returns:
         What was loaded, what was not, and what is known of the weights.
@@ -180,8 +181,8 @@ def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool)
         theirs = [names.get(key, key) for key in unknown]
         raise ValueError(
             f"{origin} do not fit the model: {len(unknown)} tensors have no place in it "
-            f"({_some(theirs)}) and {len(missing)} of the model's are missing "
-            f"({_some(missing)}); use weights of a ResNet of the model's depth"
+            f"({first_names(theirs)}) and {len(missing)} of the model's are missing "
+            f"({first_names(missing)}); use weights of a ResNet of the model's depth"
         )
     values = {key: _fit(source[key], targets[key], names.get(key, key), origin) for key in loaded}
 
@@ -203,7 +204,7 @@ def _is_norm_key(key: str) -> bool:
 
 
 def _structure(model: I3D) -> dict[str, Any]:
-    """The options that the tensors do not show, read from the modules."""
+    """The options of the model that its tensors do not show, read from its modules."""
     first = model.res3[0]
     assert isinstance(first, Bottleneck)
     pool1_kernel, pool1_stride, pool1_padding = (
@@ -240,7 +241,7 @@ def _differing_groups(model: I3D, info: WeightsInfo) -> str | None:
 
 
 def _model_norm(model: I3D) -> str:
-    """`bn` for all of its kinds, `gn`, `ln`, `in`, or `none`."""
+    """`bn` (every kind with running statistics), `gn`, `ln`, `in` or `none`."""
     if any(key.endswith(".running_mean") for key in model.state_dict()):
         return "bn"
     groups = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
@@ -252,7 +253,7 @@ def _model_norm(model: I3D) -> str:
 
 
 def _fit(tensor: Tensor, target: Tensor, name: str, origin: str) -> Tensor:
-    """Upcast, inflate a 2-D kernel where the target is a 3-D one, and check the shape."""
+    """Check the shape, convert to the target's dtype, and inflate a 2-D kernel for a 3-D target."""
     expected = tuple(target.shape)
     inflates = target.dim() == 5 and tensor.dim() != 5
     if inflates:
@@ -262,13 +263,6 @@ def _fit(tensor: Tensor, target: Tensor, name: str, origin: str) -> Tensor:
             f"{origin}: {name} has shape {tuple(tensor.shape)}, but the model needs {expected}; "
             "use weights of the model's depth and width"
         )
-    # Before dividing: half-precision storage should not cost a second rounding.
+    # Before dividing, so that weights stored in half precision are not rounded twice.
     tensor = tensor.to(target.dtype)
     return inflate_kernel(tensor, target.shape[2]) if inflates else tensor
-
-
-def _some(keys: list[str] | tuple[str, ...]) -> str:
-    """A list short enough for one line; enough to tell which layers are meant."""
-    if not keys:
-        return "none"
-    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

@@ -1,1 +1,1 @@
-"""Reading and writing anyone's weights, under our names."""
+"""Weights of this and other codebases: read, download, convert."""

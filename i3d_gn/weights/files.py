@@ -1,4 +1,4 @@
-"""What a weight file holds, whatever its format: safetensors, torch.save or a Caffe2 pickle."""
+"""Weight files by format: safetensors, torch.save and Caffe2 pickles."""
 
 import dataclasses
 import json
@@ -18,18 +18,21 @@ from i3d_gn.files import atomic_output
 from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
 from i3d_gn.weights.info import WeightsInfo
 
-# torch.save before 1.6 begins with this pickled number, not with a zip archive.
+# Files of torch.save before 1.6 are not zip archives; they begin with this pickled number.
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _METADATA_KEY = "i3d_gn"
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | None]:
-    """The content of a weight file, and what `write_safetensors` wrote of its network, if it did.
+    """Read a weight file without running code from it.
 
-    The format is told by the first bytes, not by the name. Nothing in a file is run.
+    The format is detected from the first bytes, not from the name.
+
+    Returns:
+        The content, and the network's description if `write_safetensors` wrote the file.
 
     Raises:
-        ValueError: no such file, or it cannot be read as any of the three.
+        ValueError: The file does not exist, or cannot be read in any of the three formats.
     """
     path = Path(path)
     try:
@@ -42,7 +45,7 @@ def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | N
         return _read_safetensors(path)
     if head.lstrip()[:1] == b"<":
         raise ValueError(
-            f"weights {path} cannot be read (a web page, not weights); download the file itself"
+            f"weights {path} cannot be read (it is a web page); download the weight file itself"
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -61,7 +64,7 @@ def write_safetensors(
     """Write tensors, and `info` as metadata, atomically.
 
     Raises:
-        ValueError: the file cannot be written there.
+        ValueError: The file cannot be written.
     """
     path = Path(path)
     own_memory = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
@@ -71,8 +74,7 @@ def write_safetensors(
             save_file(own_memory, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} cannot be written ({error}); give the path of a file in a folder that can be "
-            "written to"
+            f"{path} cannot be written ({error}); give the path of a file in a writable folder"
         ) from error
 
 
@@ -83,7 +85,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsInfo | None
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"weights {path} cannot be read ({str(error).splitlines()[0]}); the file is damaged, "
+            f"weights {path} cannot be read ({str(error).splitlines()[0]}); the file is damaged; "
             "download or convert it again"
         ) from error
     text = metadata.get(_METADATA_KEY)
@@ -98,22 +100,22 @@ def _info_from_json(text: str, path: Path) -> WeightsInfo:
         return WeightsInfo(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"weights {path}: metadata {_METADATA_KEY!r} is not what `i3d-gn convert` writes "
-            f"({error}); convert the original again"
+            f"weights {path}: the metadata {_METADATA_KEY!r} was not written by this version of "
+            f"`i3d-gn convert` ({error}); convert the original again"
         ) from error
 
 
 def _torch_reason(error: Exception) -> str:
-    """Why `torch.load` refused a file; its own message advises to run what the file says."""
+    """Why `torch.load` failed, without its advice to run code from the file."""
     text = str(error)
     if refused := re.search(r"GLOBAL (\S+)", text):
         return (
-            f"(it calls {refused[1]}, refused: weights are tensors and plain containers); save "
-            "model.state_dict() and nothing else"
+            f"(it calls {refused[1]}, which is refused: weights are tensors in plain containers); "
+            "save model.state_dict() only"
         )
-    by_restriction = text.startswith("Weights only load failed")
-    reason = "" if by_restriction else (text.splitlines() or [""])[0]
+    has_advice = "weights_only" in text or text.startswith("Weights only load failed")
+    reason = "" if has_advice else (text.splitlines() or [""])[0]
     return (
-        f"({reason or 'damaged or of another format'}); expected a state dict saved by torch.save "
+        f"({reason or 'damaged, or of another format'}); expected a state dict saved by torch.save "
         "or safetensors, or a Caffe2 pickle (.pkl)"
     )

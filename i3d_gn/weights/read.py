@@ -1,4 +1,4 @@
-"""Weights of other codebases and of ours, under our names, with what they need to be used right."""
+"""Read weights of any codebase into our tensor names, with what is known of the network."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from i3d_gn.weights.files import read_weight_file, write_safetensors
 from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.tensor_names import (
     Naming,
+    first_names,
     naming_of,
     own_name,
     pytorchvideo_name,
@@ -23,21 +24,21 @@ from i3d_gn.weights.tensor_names import (
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Caffe2's Kinetics models and those ported from them: 114.75 and 57.375 of 255.
+# Caffe2's Kinetics models and their ports: 114.75 / 255 and 57.375 / 255.
 _KINETICS_MEAN, _KINETICS_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-# Detectron config.py PIXEL_MEANS, here as RGB.
+# PIXEL_MEANS in Detectron's config.py, as RGB.
 _DETECTRON_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
 _BN_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's tensors under our names, and what is known of the network.
+    """Tensors of a network, and what is known of it.
 
     Attributes:
-        tensors: Tensors by our names.
+        tensors: By the names of this package.
         info: What is known of the network.
-        source_names: Our names -> those of the source, for messages.
+        source_names: Name in this package -> name in the source, for messages.
     """
 
     tensors: dict[str, Tensor]
@@ -46,15 +47,15 @@ class Weights:
 
 
 def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
-    """Read weights in any naming that is known; see docs/weights.md for the list.
+    """Read weights in any of the namings that docs/weights.md lists.
 
     Args:
-        source: a file (safetensors, torch.save, Caffe2 pickle; a checkpoint of ours too), the name
-            of a torchvision enum (`ResNet50_Weights.IMAGENET1K_V2`) or of a network in
-            pytorchvideo's zoo (`pytorchvideo/i3d_r50`), which are downloaded once, or a state dict.
+        source: A file (safetensors, torch.save, Caffe2 pickle, checkpoint of this package), a state
+            dict, or a published name, whose file is downloaded once: a torchvision enum
+            (`ResNet50_Weights.IMAGENET1K_V2`), `pytorchvideo/i3d_r50` or `pytorchvideo/c2d_r50`.
 
     Raises:
-        ValueError: the file cannot be read, is refused, or has tensors that no known network has.
+        ValueError: The file cannot be read, or its tensors are not those of a known network.
     """
     origin = "the given state dict" if isinstance(source, Mapping) else str(source)
     info: WeightsInfo | None = None
@@ -67,8 +68,8 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
     naming = naming_of(tensors)
     if naming is None:
         raise ValueError(
-            f"weights {origin}: tensors {_some(sorted(tensors))} are of no network known here; "
-            "known are ResNet-50/101 and VGG-16 of torchvision, timm, GroupNorm-reproduce, "
+            f"weights {origin}: unknown network with tensors {first_names(sorted(tensors))}; "
+            "supported are ResNet-50/101 and VGG-16 of torchvision, timm, GroupNorm-reproduce, "
             "Detectron (GN), video-nonlocal-net, PySlowFast, pytorchvideo, mmaction2 and i3d_gn"
         )
     source_names = _source_names(tensors, naming, origin)
@@ -90,32 +91,33 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
 
 
 def write_weights(path: str | PathLike[str], weights: Weights, *, naming: Naming) -> None:
-    """Write safetensors whose metadata is `weights.info`.
+    """Write a safetensors file with `weights.info` as metadata.
 
     Args:
-        path: of the file.
-        weights: with our names.
-        naming: `i3d_gn`, `torchvision` for image networks or `pytorchvideo` for video networks.
+        path: Of the file.
+        weights: What to write.
+        naming: Names to write: `i3d_gn`, `torchvision` for image networks or `pytorchvideo` for
+            video networks.
 
     Raises:
-        ValueError: a tensor has no name in that naming, or the file cannot be written.
+        ValueError: A tensor has no name in that naming, or the file cannot be written.
     """
     write_safetensors(path, export_names(weights.tensors, naming), weights.info)
 
 
 def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
-    """Rename our tensors to `torchvision`'s or `pytorchvideo`'s names (`i3d_gn`: as they are).
+    """Rename tensors of this package to `torchvision`, `pytorchvideo` or `i3d_gn` (unchanged).
 
     Raises:
-        ValueError: a tensor has no name there.
+        ValueError: A tensor has no name in that naming.
     """
     if naming == "i3d_gn":
         return dict(tensors)
     is_video = _spatial_dims(tensors) == 3
     if naming != ("pytorchvideo" if is_video else "torchvision"):
         raise ValueError(
-            f"naming {naming!r} does not name {'video' if is_video else 'image'} networks; "
-            "torchvision names those of images, pytorchvideo those of video"
+            f"naming {naming!r} is not for {'video' if is_video else 'image'} networks; use "
+            f"{'pytorchvideo' if is_video else 'torchvision'} or i3d_gn"
         )
     if "conv1_1.conv.weight" in tensors:
         layers = vgg16_names(with_norm="conv1_1.norm.weight" in tensors)
@@ -127,12 +129,12 @@ def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Ten
     renamed = {name: rename(name) for name in tensors}
     unnamed = [name for name, theirs in renamed.items() if theirs is None]
     if unnamed:
-        raise ValueError(f"{naming} has no name for {_some(unnamed)}; keep naming i3d_gn")
+        raise ValueError(f"{naming} has no name for {first_names(unnamed)}; use naming i3d_gn")
     return {str(renamed[name]): tensor for name, tensor in tensors.items()}
 
 
 def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
-    """The state dict within `content`; arrays become tensors, what is no weight is left out."""
+    """The state dict within `content`. Caffe2's arrays become tensors, its momentum is dropped."""
     for wrapper in ("state_dict", "model_state", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -148,29 +150,28 @@ def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise ValueError(
-            f"weights {origin}: not a state dict, which maps names to tensors; save "
-            "model.state_dict()"
+            f"weights {origin}: not a state dict (names -> tensors); save model.state_dict()"
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 def _source_names(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[str, str]:
-    """Our names -> those of the source."""
+    """Name in this package -> name in the source, for every tensor."""
     if "features.0.weight" in tensors or "conv1_1.conv.weight" in tensors:
         return _vgg_source_names(tensors, origin)
     renamed = {name: own_name(name, naming) for name in tensors}
     unknown = [name for name, own in renamed.items() if own is None]
     if unknown:
         raise ValueError(
-            f"weights {origin}: the names are those of {naming}, but the network is no plain "
-            f"ResNet: unknown tensors {_some(unknown)} (non-local blocks, two pathways and Caffe's "
-            "BGR batch norm models are not supported)"
+            f"weights {origin}: the names are those of {naming}, but the network is not a plain "
+            f"ResNet: unknown tensors {first_names(unknown)} (non-local blocks, two pathways and "
+            "Caffe's BGR batch norm models are not supported)"
         )
     source_names = {str(own): name for name, own in renamed.items()}
     if len(source_names) < len(tensors):
         twice = [name for name in tensors if list(renamed.values()).count(renamed[name]) > 1]
         raise ValueError(
-            f"weights {origin}: {_some(twice)} are two names of one tensor; remove one of them"
+            f"weights {origin}: {first_names(twice)} are two names of one tensor; remove one"
         )
     return source_names
 
@@ -190,9 +191,9 @@ def _vgg_source_names(tensors: Mapping[str, Tensor], origin: str) -> dict[str, s
 
 
 def _complete_affine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics that make a batch norm the affine map it was folded into.
+    """Add running statistics that make a batch norm the affine map it was folded into.
 
-    video-nonlocal-net's models for fine-tuning have `_bn_s` and `_bn_b` alone.
+    video-nonlocal-net's models for fine-tuning have `_bn_s` and `_bn_b` only.
     """
     complete = {}
     for name, tensor in tensors.items():
@@ -210,7 +211,8 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
     if naming == "caffe2_gn":
         known = {"mean": _DETECTRON_MEAN, "std": IMAGENET_STD, "stride_in": "3x3"}
     elif naming == "caffe2_bn":
-        # Of video networks both stems, and PySlowFast's with padded pools, have the same names.
+        # Stem and pool padding are unknown: video-nonlocal-net names the tensors of both of its
+        # stems alike, and so does PySlowFast's I3D_8x8_R50.pkl, whose pools are padded.
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
     elif naming in ("pytorchvideo", "pyslowfast"):
         known = {"mean": _KINETICS_MEAN, "std": _KINETICS_STD, "stride_in": "3x3"}
@@ -224,25 +226,25 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
         source=naming,
         spatial_dims=_spatial_dims(tensors),
         norm=norm,
-        # Every published group norm model has 32; of bare tensors of ours nobody knows.
+        # All published GN models have 32 groups; a state dict of this package may have any.
         num_groups=32 if norm == "gn" and naming != "i3d_gn" else None,
         **known,
     )
 
 
 def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightsInfo:
-    """Of a checkpoint that training wrote, for video or for images."""
+    """From the config in a checkpoint of this package, of a video or an image run."""
     model = content["config"]["model"]
     norm = model["norm"]
     is_gn = norm == "gn"
     is_video = _spatial_dims(tensors) == 3
-    by_default = 8 if model["name"].endswith("_tiny") else 32
+    default_groups = 8 if model["name"].endswith("_tiny") else 32
     per_group = model["channels_per_group"] if is_gn else None
     return WeightsInfo(
         source="i3d_gn",
         spatial_dims=3 if is_video else 2,
         norm="bn" if _norm_of(tensors) == "bn" else norm,
-        num_groups=(model["num_groups"] or by_default) if is_gn and per_group is None else None,
+        num_groups=(model["num_groups"] or default_groups) if is_gn and per_group is None else None,
         channels_per_group=per_group,
         mean=tuple(content["input"]["mean"]),
         std=tuple(content["input"]["std"]),
@@ -254,10 +256,11 @@ def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _fold_input(conv1: Tensor, info: WeightsInfo) -> Tensor:
-    """From Detectron's input, BGR of 0..255 less a mean, to RGB of 0..1 normalised by info.std.
+    """Fold Detectron's input, BGR in [0, 255] minus a mean, into the weights of conv1.
 
-    With x = (rgb / 255 - mean) / std, Detectron's channel is 255 * std * x. The mean has to stay
-    Detectron's: a convolution that pads with zeros and has no bias cannot take up another.
+    The result takes RGB, x = (rgb / 255 - mean) / std, for which Detectron's input is
+    255 * std * x. The mean must stay Detectron's: a convolution that pads with zeros and has no
+    bias cannot absorb another one.
     """
     assert info.std is not None
     scale = 255 * torch.tensor(info.std, dtype=torch.float64)
@@ -273,7 +276,3 @@ def _norm_of(tensors: Mapping[str, Tensor]) -> str:
 def _spatial_dims(tensors: Mapping[str, Tensor]) -> int:
     first = tensors.get("conv1.weight")
     return 2 if first is None else first.dim() - 2
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,12 +1,12 @@
-"""What other codebases call the tensors of a ResNet or VGG, and what they are called here.
+"""Tensor names of ResNets and VGG-16 in other codebases, and their names in this package.
 
-Here, for images and video alike: `conv1`, `norm1`, `res2.0.{conv1,norm1,conv2,norm2,conv3,norm3,
-shortcut_conv,shortcut_norm}` to `res5`, `head.linear`; for VGG-16 `conv1_1.{conv,norm}` to
-`conv5_3`, `fc6`, `fc7`, `fc8`.
+Names in this package, for image and video networks alike: `conv1`, `norm1`,
+`res2.0.{conv1,norm1,conv2,norm2,conv3,norm3,shortcut_conv,shortcut_norm}` to `res5`, `head.linear`;
+for VGG-16 `conv1_1.{conv,norm}` to `conv5_3`, `fc6`, `fc7`, `fc8`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 Naming = Literal[
@@ -24,7 +24,7 @@ _OWN_BLOCK = re.compile(
 )
 _OWN_STEM = re.compile(r"(conv1|norm1)\.(\w+)")
 
-# torchvision, and timm; GroupNorm-reproduce says gn1 for a group norm where they say bn1.
+# torchvision and timm; GroupNorm-reproduce names a group norm gn1 where they have bn1.
 _TORCHVISION_BLOCK = re.compile(
     r"layer([1-4])\.(\d+)\.(conv[123]|[bg]n[123]|downsample\.[01])\.(\w+)"
 )
@@ -36,7 +36,7 @@ _PYTORCHVIDEO_PLAIN = {
     "blocks.0.norm": "norm1",
     "blocks.6.proj": "head.linear",
 }
-# blocks.2 is pool2, without tensors.
+# blocks.2 is pool2, which has no tensors.
 _PYTORCHVIDEO_STAGES = {"1": "2", "3": "3", "4": "4", "5": "5"}
 _PYTORCHVIDEO_LAYERS = {
     "branch2.conv_a": "conv1",
@@ -76,7 +76,7 @@ _MMACTION2_LAYERS = {
     "downsample.bn": "shortcut_norm",
 }
 
-# Detectron's group norm models and video-nonlocal-net; _riv holds the variance itself.
+# Detectron's group norm models and video-nonlocal-net; _riv is the variance, not its inverse.
 _CAFFE2_TENSORS = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 _CAFFE2_STEM_NORM = re.compile(r"(?:res_conv1_bn|conv1_gn)_(s|b|rm|riv)")
 _CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_branch(2[abc]|1)_(?:(w)|(?:bn|gn)_(s|b|rm|riv))")
@@ -84,7 +84,7 @@ _CAFFE2_HEAD = re.compile(r"pred_([wb])")
 
 
 def naming_of(names: Iterable[str]) -> Naming | None:
-    """Whose names these are, None if nobody's that is known."""
+    """The naming that these tensor names follow, None if unknown."""
     names = set(names)
     signs: tuple[tuple[Naming, str], ...] = (
         ("caffe2_gn", "conv1_gn_s"),
@@ -92,7 +92,7 @@ def naming_of(names: Iterable[str]) -> Naming | None:
         ("pytorchvideo", "blocks.0.conv.weight"),
         ("pyslowfast", "s1.pathway0_stem.conv.weight"),
         ("mmaction2", "backbone.conv1.conv.weight"),
-        ("torchvision", "layer1.0.conv3.weight"),  # basic blocks, ResNet-18 and 34, have no third
+        ("torchvision", "layer1.0.conv3.weight"),  # ResNet-18 and 34 have no conv3
         ("torchvision", "features.0.weight"),
         ("i3d_gn", "res2.0.conv1.weight"),
         ("i3d_gn", "conv1_1.conv.weight"),
@@ -101,12 +101,12 @@ def naming_of(names: Iterable[str]) -> Naming | None:
 
 
 def own_name(name: str, naming: Naming) -> str | None:
-    """The name here of another codebase's tensor (VGG's apart), None if it has none."""
+    """Name in this package of a tensor of another codebase's ResNet, None if it has none."""
     return _TO_OWN[naming](name)
 
 
 def torchvision_name(name: str) -> str | None:
-    """Torchvision's name of a tensor of an image ResNet here, None if it has none."""
+    """Name in torchvision of a tensor of our image ResNet, None if it has none."""
     if match := _OWN_STEM.fullmatch(name):
         return f"{match[1].replace('norm', 'bn')}.{match[2]}"
     if match := _OWN_BLOCK.fullmatch(name):
@@ -118,7 +118,7 @@ def torchvision_name(name: str) -> str | None:
 
 
 def pytorchvideo_name(name: str) -> str | None:
-    """Pytorchvideo's name of a tensor of a video ResNet here, None if it has none."""
+    """Name in pytorchvideo of a tensor of our video ResNet, None if it has none."""
     layer, _, tensor = name.rpartition(".")
     for theirs, own in _PYTORCHVIDEO_PLAIN.items():
         if layer == own:
@@ -131,7 +131,10 @@ def pytorchvideo_name(name: str) -> str | None:
 
 
 def vgg16_names(*, with_norm: bool) -> dict[str, str]:
-    """Layers of VGG-16, here -> torchvision, whose numbers count activations and pools too."""
+    """Layers of VGG-16: name in this package -> name in torchvision.
+
+    The numbers in torchvision's names count activations and pools too.
+    """
     names: dict[str, str] = {}
     index = 0
     for layer, following in zip(_VGG16_CONVS, (*_VGG16_CONVS[1:], None), strict=True):
@@ -140,8 +143,15 @@ def vgg16_names(*, with_norm: bool) -> dict[str, str]:
             names[f"{layer}.norm"] = f"features.{index + 1}"
         index += 3 if with_norm else 2
         if following is None or following[4] != layer[4]:
-            index += 1  # a pool ends the stage
+            index += 1  # the pool at the end of a stage
     return {**names, **_VGG16_LINEAR}
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first six names, for a one-line message."""
+    if not names:
+        return "none"
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _same(name: str) -> str | None:

@@ -17,8 +17,8 @@ def group_norm(channels):
     return nn.GroupNorm(32, channels)
 
 
-def randomise_(network):
-    """Norm parameters and statistics that no wrong assignment reproduces."""
+def randomize_(network):
+    """Random norm parameters and statistics, so that swapped tensors change results."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -38,7 +38,7 @@ def image_network(depths=SHALLOW, norm="bn", stride_in="3x3"):
     )
     if stride_in == "1x1":
         move_stride_(network)
-    return randomise_(network).eval()
+    return randomize_(network).eval()
 
 
 def move_stride_(network):
@@ -53,10 +53,10 @@ def image_features(network, images):
 
 
 def clip_features(model, clips):
-    kept = []
-    with model.res5.register_forward_hook(lambda _m, _i, y: kept.append(y)), torch.no_grad():
+    outputs = []
+    with model.res5.register_forward_hook(lambda _m, _i, y: outputs.append(y)), torch.no_grad():
         model.eval()(clips)
-    return kept[0]
+    return outputs[0]
 
 
 def static_clip(images, num_frames):
@@ -93,8 +93,8 @@ def test_inflate_kernel_errors():
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 @pytest.mark.parametrize("stride_in", ["3x3", "1x1"])
-def test_static_clip_gives_the_image_features_in_c2d(norm, stride_in):
-    """No temporal border without inflation, so group norm's statistics are the image's too."""
+def test_static_clip_equals_image_features_in_c2d(norm, stride_in):
+    """Without inflation there are no temporal borders: GN statistics equal those of the image."""
     network = image_network(norm=norm, stride_in=stride_in)
     model = I3D(SHALLOW, norm=norm, inflate=False, pool_padding=1, stride_in=stride_in)
     load_imagenet_weights(model, network.state_dict())
@@ -108,7 +108,7 @@ def test_static_clip_gives_the_image_features_in_c2d(norm, stride_in):
 
 
 @pytest.mark.parametrize(("stem", "num_frames"), [("strided", 112), ("8x8", 32)])
-def test_static_clip_gives_the_image_features_away_from_temporal_borders(stem, num_frames):
+def test_static_clip_equals_image_features_away_from_temporal_borders(stem, num_frames):
     network = image_network()
     model = I3D(SHALLOW, norm="bn", stem=stem, pool_padding=1)
     load_imagenet_weights(model, network.state_dict())
@@ -119,7 +119,7 @@ def test_static_clip_gives_the_image_features_away_from_temporal_borders(stem, n
     scale = expected.abs().max().item()
     middle = features.shape[2] // 2
     torch.testing.assert_close(features[:, :, middle], expected, rtol=0, atol=1e-5 * scale)
-    assert (features[:, :, 0] - expected).abs().max() > 1e-2 * scale  # the border
+    assert (features[:, :, 0] - expected).abs().max() > 1e-2 * scale  # at the border
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_static_clip_with_imagenet_weights(shared_data, options, num_frames):
     torch.testing.assert_close(features[:, :, middle], expected, rtol=0, atol=2e-5 * scale)
 
 
-def test_report_counts_every_key(bn_source):
+def test_report_covers_every_key(bn_source):
     model = I3D(SHALLOW, norm="bn")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = load_imagenet_weights(model, bn_source)
@@ -181,7 +181,7 @@ def test_report_counts_every_key(bn_source):
     assert "fc.weight" in str(report)
 
 
-def test_prefix_wrapping_file_and_half_precision(tmp_path, bn_source):
+def test_half_precision_file_with_prefix(tmp_path, bn_source):
     plain = I3D(SHALLOW, norm="bn")
     load_imagenet_weights(plain, bn_source)
     half = {k: v.half() if v.dim() == 4 else v for k, v in bn_source.items()}
@@ -194,7 +194,7 @@ def test_prefix_wrapping_file_and_half_precision(tmp_path, bn_source):
             torch.testing.assert_close(a, b, rtol=2**-11, atol=1e-7)
         elif "norm" in name:
             assert torch.equal(a, b)
-    # Rounded once, on storage; divided by Kt in float32.
+    # Rounded to half precision once; divided by Kt in float32.
     assert torch.equal(stored.conv1.weight, inflate_kernel(half["conv1.weight"].float(), 5))
 
 
@@ -223,7 +223,7 @@ def test_group_norm_into_group_norm(gn_source):
     [("bn", n) for n in ("gn", "ln", "in", "none")]
     + [("gn", n) for n in ("bn", "sync_bn", "frozen_bn", "ln", "in", "none")],
 )
-def test_other_norm_is_an_error_that_names_the_remedy(source_norm, norm, bn_source, gn_source):
+def test_other_norm_is_refused(source_norm, norm, bn_source, gn_source):
     model = I3D(SHALLOW, norm=norm)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     source = bn_source if source_norm == "bn" else gn_source
@@ -235,7 +235,7 @@ def test_other_norm_is_an_error_that_names_the_remedy(source_norm, norm, bn_sour
 @pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn", "in", "none"])
 @pytest.mark.parametrize("zero_init_last_norm", [True, False])
 def test_convolutions_only(norm, zero_init_last_norm, bn_source):
-    model = randomise_(I3D(SHALLOW, norm=norm, zero_init_last_norm=zero_init_last_norm))
+    model = randomize_(I3D(SHALLOW, norm=norm, zero_init_last_norm=zero_init_last_norm))
     report = load_imagenet_weights(model, bn_source, convolutions_only=True)
     assert all("conv" in key for key in report.loaded)
     assert len(report.loaded) == sum("conv" in key for key in model.state_dict())
@@ -271,13 +271,13 @@ def test_unknown_and_missing_keys(bn_source):
         load_imagenet_weights(model, short)
 
 
-def test_two_names_of_one_tensor(bn_source):
+def test_mixed_namings_are_refused(bn_source):
     twice = {**bn_source, "res3.0.norm1.weight": bn_source["layer2.0.bn1.weight"] + 1}
     with pytest.raises(ValueError, match=r"torchvision.*unknown tensors res3\.0\.norm1\.weight"):
         load_imagenet_weights(I3D(SHALLOW, norm="bn"), twice)
 
 
-def test_what_a_converted_file_says_is_heeded(tmp_path, bn_source, gn_source):
+def test_metadata_of_converted_files_is_checked(tmp_path, bn_source, gn_source):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, bn_source, WeightsInfo("torchvision", 2, "bn", stride_in="1x1"))
     model = I3D(SHALLOW, norm="bn")
@@ -312,7 +312,7 @@ def test_wrong_shape(bn_source):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_files_that_are_no_weights(tmp_path):
+def test_not_weights(tmp_path):
     model = I3D(SHALLOW, norm="bn")
     with pytest.raises(ValueError, match=r"absent\.pth: no such file"):
         load_imagenet_weights(model, tmp_path / "absent.pth")
@@ -333,7 +333,7 @@ def test_files_that_are_no_weights(tmp_path):
         load_imagenet_weights(model, {})
 
 
-def test_source_norm_contradicts_the_source(bn_source, gn_source):
+def test_source_norm(bn_source, gn_source):
     model = I3D(SHALLOW, norm="ln")
     with pytest.raises(ValueError, match=r"source_norm='ln', but the norm of .* is 'bn'"):
         load_imagenet_weights(model, bn_source, source_norm="ln")
@@ -341,7 +341,7 @@ def test_source_norm_contradicts_the_source(bn_source, gn_source):
         load_imagenet_weights(model, gn_source, source_norm="l")
     report = load_imagenet_weights(model, gn_source, source_norm="ln")
     assert (report.info.norm, report.info.num_groups) == ("ln", None)
-    # As stated, and with the groups that published weights of group norm have.
+    # Stating the norm that is known anyway does not disable the check of its groups.
     with pytest.raises(ValueError, match="num_groups=16 where the weights need 32"):
         load_imagenet_weights(
             I3D(SHALLOW, norm=lambda c: GroupNorm(16, c)), gn_source, source_norm="gn"

@@ -5,12 +5,12 @@ from torch import nn
 from i3d_gn.models import i3d_resnet50
 from i3d_gn.weights.read import read_weights
 
-# fvcore, which pytorchvideo imports, scripts a function when imported.
+# fvcore, which pytorchvideo imports, scripts a function on import.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
 
 
-def randomised(network):
-    """Batch norms with random parameters and statistics, which keep the logits of order 1."""
+def randomized(network):
+    """Random parameters and statistics of batch norms that keep the logits of order 1."""
     generator = torch.Generator().manual_seed(1)
 
     def uniform(like, low, high):
@@ -32,11 +32,11 @@ def test_logits_equal_pytorchvideo(name):
     import pytorchvideo.models.hub as hub
 
     torch.manual_seed(0)
-    reference = randomised(getattr(hub, name)(pretrained=False))
+    reference = randomized(getattr(hub, name)(pretrained=False))
     ours = i3d_resnet50("bn", stem="8x8", pool_padding=1, inflate=name == "i3d_r50").eval()
     ours.load_state_dict(read_weights(reference.state_dict()).tensors)
-    # 193 pixels give the 7 x 7 map of its head's pooling window; at 260, 9 x 9, its head averages
-    # the logits of all windows.
+    # 193 pixels give the 7 x 7 map of the head's pooling window. 260 pixels give 9 x 9, where the
+    # head averages the logits of all windows.
     for height, width in ((193, 193), (193, 260)):
         clips = torch.randn(1, 3, 8, height, width)
         with torch.no_grad():
@@ -49,7 +49,7 @@ def test_logits_equal_pytorchvideo(name):
                 torch.testing.assert_close(ours(clips), expected, rtol=0, atol=1e-4)
 
 
-def test_every_tensor_has_a_place():
+def test_tensor_names():
     import pytorchvideo.models.hub as hub
 
     with torch.device("meta"):

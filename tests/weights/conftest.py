@@ -6,8 +6,8 @@ import pytest
 import torch
 
 
-def randomise_norms(network):
-    """Norm parameters and statistics that no wrong assignment reproduces, in place."""
+def randomize_norms(network):
+    """Random norm parameters and statistics, in place, so that swapped tensors change results."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -21,17 +21,17 @@ def randomise_norms(network):
 
 
 @pytest.fixture(scope="session")
-def randomised():
-    return randomise_norms
+def randomized():
+    return randomize_norms
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Pickles as Python 2 and NumPy 1 did: byte strings, numpy.core, flags as integers."""
+    """Pickles as Python 2 with NumPy 1: byte strings, numpy.core, flags as integers."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_bytes(self, value):
-        if id(value) in self.memo:  # Python has one b"" and one of each byte
+        if id(value) in self.memo:  # b"" and single bytes are shared objects
             return self.write(self.get(self.memo[id(value)][0]))
         if self.bin:
             self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
@@ -70,7 +70,7 @@ def write_python2_pickle():
     return write
 
 
-# What Caffe2's tools call the tensors, written down once more, by hand.
+# Names of tensors in Caffe2, written independently of the package.
 def caffe2_blob(own, norm):
     layer, tensor = own.rsplit(".", 1)
     suffix = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}.get(tensor)
@@ -92,7 +92,7 @@ def caffe2_blob(own, norm):
 @pytest.fixture(scope="session")
 def caffe2_blobs():
     def make(state_dict, norm):
-        """Blobs of a network of ours, with what else a Caffe2 checkpoint holds."""
+        """Blobs of our network, and what else a Caffe2 checkpoint contains."""
         blobs = {"model_iter": 450450, "lr": np.array(0.01, dtype=np.float32)}
         for own, tensor in state_dict.items():
             if name := caffe2_blob(own, norm):

@@ -27,7 +27,7 @@ def plain_file(tmp_path):
     return path
 
 
-def test_convert_states_what_the_file_does_not_tell(plain_file, tmp_path, capsys):
+def test_options_complete_the_metadata(plain_file, tmp_path, capsys):
     dest = tmp_path / "out" / "w.safetensors"
     assert cli.main(["convert", str(plain_file), str(dest)]) == 0
     printed = capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_convert_states_what_the_file_does_not_tell(plain_file, tmp_path, capsys
     assert (info.mean, info.std, info.stride_in) == ((0.5, 0.4, 0.3), (1.0, 1.0, 1.0), "1x1")
 
 
-def test_out_again_is_bit_equal(plain_file, tmp_path):
+def test_round_trip_to_torchvision_names_is_bit_identical(plain_file, tmp_path):
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
     assert cli.main(["convert", str(plain_file), str(ours)]) == 0
     assert cli.main(["convert", str(ours), str(back), "--naming", "torchvision"]) == 0
@@ -52,8 +52,8 @@ def test_out_again_is_bit_equal(plain_file, tmp_path):
     assert all(torch.equal(returned[k], v) for k, v in original.items())
 
 
-def test_what_a_video_network_s_pickle_does_not_tell(tmp_path):
-    """PySlowFast's I3D_8x8_R50.pkl has the names of video-nonlocal-net, whose pools differ."""
+def test_stem_and_pool_padding_of_a_video_pickle_are_options(tmp_path):
+    """PySlowFast's I3D_8x8_R50.pkl has video-nonlocal-net's names, but padded pools."""
     rules = (
         (r"^conv1\.weight", "conv1_w"), (r"^norm1\.", "res_conv1_bn."),
         (r"head\.linear\.weight", "pred_w"), (r"head\.linear\.bias", "pred_b"),
@@ -103,16 +103,16 @@ def test_help_does_not_import_torch():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["{pickle}", "{dest}"], "os.system, refused"),
+        (["{pickle}", "{dest}"], "os.system, which is refused"),
         (["{plain}", "{dest}", "--stem", "8x8"], "is an image network"),
         (["{plain}", "{dest}", "--pool-padding", "0"], "is an image network"),
         (["{plain}", "{dest}", "--std", "0.2", "0", "0.2"], "every value must be positive"),
         (["{plain}", "{folder}"], "cannot be written"),
         (["{folder}", "{dest}"], "is a directory"),
-        (["{plain}", "{dest}", "--naming", "pytorchvideo"], "torchvision names those of images"),
+        (["{plain}", "{dest}", "--naming", "pytorchvideo"], "is not for image networks"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, line, plain_file, tmp_path, capsys):
+def test_user_errors_are_one_line(arguments, line, plain_file, tmp_path, capsys):
     (tmp_path / "w.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "folder").mkdir()
     places = {"pickle": "w.pkl", "dest": "w", "folder": "folder", "plain": plain_file.name}
@@ -124,8 +124,8 @@ def test_a_mistake_is_one_line(arguments, line, plain_file, tmp_path, capsys):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_run_takes_mean_and_deviation_from_its_weights(small_run, tmp_path):
-    """Weights of a run start another: the checkpoint is read as any other file."""
+def test_run_takes_mean_and_std_from_its_weights(small_run, tmp_path):
+    """A checkpoint of one run is converted and starts another run."""
     source = small_run("train.steps=1", output_dir=tmp_path / "first")
     train(source, Process(0, 1, torch.device("cpu")))
     checkpoint = tmp_path / "first" / "checkpoints" / "step_00000001.pt"
@@ -145,6 +145,6 @@ def test_a_run_takes_mean_and_deviation_from_its_weights(small_run, tmp_path):
         build.load_starting_weights(i3d_tiny("gn", 6), wrong)
 
 
-def test_without_weights_imagenet_s_mean(small_run):
+def test_mean_and_std_default_to_imagenet(small_run):
     given = build.load_starting_weights(i3d_tiny("gn", 6), small_run())
     assert given == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -1,4 +1,4 @@
-"""Files that are damaged, foreign or hostile are refused with one line, and never run."""
+"""Damaged, foreign and hostile files are refused with a one-line message and never run."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from i3d_gn.weights.read import read_weights
 
 
 class Runs:
-    """Pickles to a call."""
+    """Is pickled as a call of `function`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -33,7 +33,7 @@ def refusal(path):
     return str(error.value)
 
 
-def test_the_first_bytes_tell_the_format(tmp_path):
+def test_format_is_detected_from_the_first_bytes(tmp_path):
     tensors = {"a": torch.arange(3.0)}
     torch.save(tensors, tmp_path / "1")
     torch.save(tensors, tmp_path / "2", _use_new_zipfile_serialization=False)
@@ -45,9 +45,9 @@ def test_the_first_bytes_tell_the_format(tmp_path):
         (tmp_path / f"p{protocol}.pkl").write_bytes(content)
         assert read_weight_file(tmp_path / f"p{protocol}.pkl")[0]["a"].tolist() == [0, 1, 2]
     for name in "1234":
-        content, what_it_says = read_weight_file(tmp_path / name)
+        content, metadata = read_weight_file(tmp_path / name)
         assert content["a"].tolist() == [0, 1, 2]
-        assert what_it_says == (info if name == "3" else None)
+        assert metadata == (info if name == "3" else None)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
@@ -84,9 +84,7 @@ def test_python2_pickles(write_python2_pickle, tmp_path, protocol):
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_that_calls_anything_is_refused_by_name(
-    content, name, protocol, tmp_path, monkeypatch
-):
+def test_pickle_with_a_call_is_refused_by_name(content, name, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pkl"
     path.write_bytes(pickle.dumps(content, protocol))
@@ -94,14 +92,14 @@ def test_a_pickle_that_calls_anything_is_refused_by_name(
     assert not (tmp_path / "ran").exists()
 
 
-def test_arrays_of_objects_and_odd_contents_are_refused(tmp_path):
+def test_pickle_of_objects_is_refused(tmp_path):
     path = tmp_path / "w.pkl"
     for content, line in (
-        ({"x": np.array([{}, []], dtype=object)}, "an array of 'O8', refused"),
-        ({"x": [np.array(["text"])]}, "an array of 'U4', refused"),
-        ({"x": np.zeros(2, [("a", "f4"), ("b", "O")])}, "an array of 'V12', refused"),
-        ([1, 2], "a pickle of list"),
-        ({1: np.zeros(2)}, "not of Caffe2 blobs by name"),
+        ({"x": np.array([{}, []], dtype=object)}, "an array of 'O8', which is refused"),
+        ({"x": [np.array(["text"])]}, "an array of 'U4', which is refused"),
+        ({"x": np.zeros(2, [("a", "f4"), ("b", "O")])}, "an array of 'V12', which is refused"),
+        ([1, 2], "contains a list, not a dictionary of Caffe2 blobs"),
+        ({1: np.zeros(2)}, "not a dictionary of Caffe2 blobs"),
     ):
         path.write_bytes(pickle.dumps(content, 2))
         assert line in refusal(path)
@@ -116,24 +114,27 @@ def name_of(module, name):
 @pytest.mark.parametrize(
     ("program", "line"),
     [
-        # getattr(__import__("os"), "system")("touch ran"), and other ways to name a function
+        # getattr(__import__("os"), "system")("touch ran"), and other ways to reach a function
         (
             name_of("__builtin__", "getattr")
             + b"("
             + name_of("__builtin__", "__import__")
             + b"(U\x02ostRU\x06systemtR(U\ttouch rantR",
-            "__builtin__.getattr, refused",
+            "__builtin__.getattr, which is refused",
         ),
-        (name_of("numpy.core.multiarray", "_reconstruct.__globals__"), "__globals__, refused"),
-        (b"(U\ttouch ranios\nsystem\n", "os.system, refused"),
-        (b"\x8c\x02os\x8c\x06system\x93U\ttouch ran\x85R", "os.system, refused"),
+        (
+            name_of("numpy.core.multiarray", "_reconstruct.__globals__"),
+            "__globals__, which is refused",
+        ),
+        (b"(U\ttouch ranios\nsystem\n", "os.system, which is refused"),
+        (b"\x8c\x02os\x8c\x06system\x93U\ttouch ran\x85R", "os.system, which is refused"),
         (b"\x82\x01", "unregistered extension code 1"),
-        # An array as large as it says, without any bytes: memory that was somebody else's.
+        # An array with a shape and no bytes would expose uninitialized memory.
         (name_of("numpy", "ndarray") + b"(J\xff\xff\xff\x0ftR", "takes no arguments"),
         (name_of("numpy", "ndarray") + b")\x81", "cannot be read"),
-        # Attributes of the objects read, in place of the methods called on them.
+        # State that would replace methods of the objects read.
         (name_of("collections", "OrderedDict") + b")R}U\x05itemsK\x01sb", "no attribute"),
-        # A type whose state says that its numbers are references to objects.
+        # A dtype whose state marks its numbers as object references.
         (
             name_of("numpy.core.multiarray", "_reconstruct")
             + b"("
@@ -141,7 +142,7 @@ def name_of(module, name):
             + b"K\x00\x85U\x01btR(K\x01K\x01\x85"
             + name_of("numpy", "dtype")
             + b"(U\x02O8K\x00K\x01tR",
-            "an array of 'O8', refused",
+            "an array of 'O8', which is refused",
         ),
         (
             name_of("numpy.core.multiarray", "scalar")
@@ -162,8 +163,8 @@ def test_hostile_programs(program, line, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_state_that_is_no_byte_order_changes_no_type(tmp_path):
-    """State of a NumPy type: version, byte order, ..., flags, of which 63 means objects."""
+def test_dtype_state_changes_the_byte_order_only(tmp_path):
+    """The state of a dtype is version, byte order, ..., flags; 63 would mean objects."""
     state = b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
     for copies in (0, 1):
         program = name_of("numpy", "dtype") + b"(U\x02f8K\x00" + bytes([75, copies]) + b"tR" + state
@@ -173,7 +174,7 @@ def test_a_state_that_is_no_byte_order_changes_no_type(tmp_path):
         assert not np.dtype("f8").hasobject
 
 
-def test_a_high_memo_index_takes_no_memory(tmp_path):
+def test_high_memo_index_allocates_no_memory(tmp_path):
     path = tmp_path / "w.pkl"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 1 << 24) + b"U\x01xK\x01s.")
     tracemalloc.start()
@@ -185,7 +186,7 @@ def test_a_high_memo_index_takes_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_torch_files_that_call_anything_are_refused_by_name(tmp_path, monkeypatch, legacy):
+def test_torch_file_with_a_call_is_refused_by_name(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     for content, name in (
@@ -194,17 +195,17 @@ def test_torch_files_that_call_anything_are_refused_by_name(tmp_path, monkeypatc
     ):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         line = refusal(path)
-        assert f"calls {name}, refused" in line
-        assert "weights_only" not in line  # torch's advice to do without
+        assert f"calls {name}, which is refused" in line
+        assert "weights_only" not in line  # torch advises weights_only=False
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl", "safetensors", "bin"])
-def test_what_is_no_weight_file(tmp_path, suffix):
+def test_not_a_weight_file(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
     assert "no such file" in refusal(path)
     path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>")
-    assert "a web page, not weights" in refusal(path)
+    assert "it is a web page" in refusal(path)
     path.write_text('{"error": "rate limit exceeded"}')
     assert "cannot be read" in refusal(path)
     path.unlink()
@@ -212,7 +213,7 @@ def test_what_is_no_weight_file(tmp_path, suffix):
     assert "is a directory" in refusal(path)
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
+def test_unwritable_path(tmp_path):
     tensors, info = {"a": torch.zeros(1)}, WeightsInfo("x", 2, "bn")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
@@ -223,7 +224,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_every_truncation_is_one_line(tmp_path):
+def test_truncated_files_give_one_line(tmp_path):
     tensors = {"a": torch.arange(100.0), "b": torch.arange(50.0)}
     torch.save(tensors, tmp_path / "w.pth")
     safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
@@ -239,7 +240,7 @@ def test_every_truncation_is_one_line(tmp_path):
 
 def test_damaged_metadata(tmp_path):
     tensors = {"layer1.0.conv3.weight": torch.zeros(1)}
-    for text in ("{", "{}", '{"mean": null, "std": null, "colour": 3}'):
+    for text in ("{", "{}", '{"mean": null, "std": null, "color": 3}'):
         safetensors.torch.save_file(tensors, tmp_path / "w", metadata={"i3d_gn": text})
         with pytest.raises(ValueError, match=r"convert the original again"):
             read_weights(tmp_path / "w")

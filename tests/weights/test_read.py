@@ -1,12 +1,7 @@
-"""Weights in, whatever they are called: logits equal those of the network they come from."""
+"""Weights in every supported naming: logits equal those of the original network."""
 
 import functools
-import hashlib
-import http.server
 import re
-import threading
-import types
-import warnings
 
 import pytest
 import safetensors.torch
@@ -56,7 +51,7 @@ def images():
 
 
 @pytest.mark.slow
-def test_torchvision_and_timm_networks_give_the_same_logits(images, randomised, tmp_path):
+def test_logits_equal_torchvision_and_timm(images, randomized, tmp_path):
     import timm
 
     makers = {
@@ -68,8 +63,8 @@ def test_torchvision_and_timm_networks_give_the_same_logits(images, randomised, 
     for name, (theirs, ours, norm) in makers.items():
         torch.manual_seed(0)
         reference = theirs()
-        if name != "vgg16":  # its biases alone are one-dimensional
-            randomised(reference)
+        if name != "vgg16":  # its only 1-D tensors are biases
+            randomized(reference)
         path = tmp_path / f"{name}.safetensors"
         safetensors.torch.save_file(reference.state_dict(), path)
         weights = read_weights(path)
@@ -82,7 +77,7 @@ def test_torchvision_and_timm_networks_give_the_same_logits(images, randomised, 
         assert all(torch.equal(back[k], v) for k, v in reference.state_dict().items())
 
 
-def test_every_tensor_of_resnet101_has_a_place():
+def test_resnet101_tensor_names():
     with torch.device("meta"):
         theirs = torchvision.models.resnet101().state_dict()
         ours = resnet101("bn").state_dict()
@@ -90,8 +85,8 @@ def test_every_tensor_of_resnet101_has_a_place():
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
 
 
-def test_group_norm_reproduce(images, randomised, tmp_path):
-    reference = randomised(shallow_torchvision("gn"))
+def test_logits_equal_groupnorm_reproduce(images, randomized, tmp_path):
+    reference = randomized(shallow_torchvision("gn"))
     for norm_name in ("gn", "bn"):  # its resnet_gn.py, and torchvision's own names
         state = {
             "module." + re.sub(r"\bbn(\d)", rf"{norm_name}\1", k): v
@@ -104,12 +99,10 @@ def test_group_norm_reproduce(images, randomised, tmp_path):
         assert torch.equal(logits(network, images), logits(reference, images))
 
 
-def test_detectron_group_norm_takes_bgr_and_gives_rgb(
-    randomised, caffe2_blobs, write_python2_pickle, tmp_path
-):
-    detectron = randomised(ResNet2d(SHALLOW, norm="gn"))
+def test_detectron_bgr_input_becomes_rgb(randomized, caffe2_blobs, write_python2_pickle, tmp_path):
+    detectron = randomized(ResNet2d(SHALLOW, norm="gn"))
     rgb = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
-    # Detectron config.py: PIXEL_MEANS in BGR; no deviation.
+    # PIXEL_MEANS in Detectron's config.py, BGR; std is 1.
     bgr_means = torch.tensor([102.9801, 115.9465, 122.7717]).view(1, 3, 1, 1)
     expected = logits(detectron, rgb.flip(1) - bgr_means)
     blobs = caffe2_blobs(detectron.state_dict(), "gn")
@@ -118,18 +111,18 @@ def test_detectron_group_norm_takes_bgr_and_gives_rgb(
         weights = read_weights(tmp_path / "R-50-GN.pkl")
         info = weights.info
         assert (info.norm, info.num_groups, info.stride_in) == ("gn", 32, "3x3")
-        normalised = normalize(rgb / 255, list(info.mean), list(info.std))
+        normalized = normalize(rgb / 255, list(info.mean), list(info.std))
         ours = filled(ResNet2d(SHALLOW, norm="gn"), weights)
-        torch.testing.assert_close(logits(ours, normalised), expected, rtol=1e-4, atol=1e-3)
-        # The images in the wrong order give something else altogether.
-        error = (logits(ours, normalised) - expected).abs().max()
-        assert (logits(ours, normalised.flip(1)) - expected).abs().max() > 100 * error
+        torch.testing.assert_close(logits(ours, normalized), expected, rtol=1e-4, atol=1e-3)
+        # The order of the channels matters.
+        error = (logits(ours, normalized) - expected).abs().max()
+        assert (logits(ours, normalized.flip(1)) - expected).abs().max() > 100 * error
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, spatial_dims):
+def test_video_nonlocal_net(randomized, caffe2_blobs, write_python2_pickle, tmp_path, spatial_dims):
     make = ResNet2d if spatial_dims == 2 else I3D
-    original = randomised(make(SHALLOW, norm="bn", num_classes=7))
+    original = randomized(make(SHALLOW, norm="bn", num_classes=7))
     state = original.state_dict()
     blobs = caffe2_blobs(state, "bn")
     if spatial_dims == 3:  # as fully convolutional testing stores it
@@ -139,7 +132,7 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
     weights = read_weights(path)
     assert weights.info.spatial_dims == spatial_dims
     assert weights.info.mean == (0.45, 0.45, 0.45)
-    # Models of 32 frames and of 8 have the same names, those of PySlowFast too.
+    # Unknown: models for 32 and 8 frames, and PySlowFast's, have the same names.
     assert (weights.info.stem, weights.info.pool_padding) == (None, None)
     if spatial_dims == 3:
         ours = I3D(SHALLOW, norm="bn", num_classes=7, stem="8x8", pool_padding=1)
@@ -149,7 +142,7 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
     assert weights.tensors.keys() == wanted.keys()
     assert all(torch.equal(weights.tensors[k], v) for k, v in wanted.items())
 
-    # Folded for fine-tuning: scale and shift alone, without a classifier, protocol 0.
+    # Batch norm folded for fine-tuning: scale and shift only, no classifier, protocol 0.
     affine = {k: v for k, v in blobs.items() if not re.search("_rm|_riv|pred|momentum", k)}
     for name in [name for name in affine if name.endswith("bn_s")]:
         stem = name.removesuffix("s")
@@ -166,7 +159,7 @@ def test_nonlocal_net(randomised, caffe2_blobs, write_python2_pickle, tmp_path, 
 
 
 def renamed(state_dict, *rules):
-    """Apply (pattern, replacement) in turn to every name."""
+    """Apply all (pattern, replacement) rules to every name."""
     result = {}
     for own, tensor in state_dict.items():
         name = own
@@ -206,8 +199,8 @@ TO_MMACTION2 = (
         (TO_MMACTION2, "state_dict", "mmaction2", IMAGENET[0]),
     ],
 )
-def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean, randomised, tmp_path):
-    original = randomised(I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1))
+def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean, randomized, tmp_path):
+    original = randomized(I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1))
     state = renamed(original.state_dict(), *rules)
     assert not any("norm" in name or "res2." in name for name in state)
     torch.save({wrapper: state, "meta": {"epoch": 1}}, tmp_path / "w.pth")
@@ -225,17 +218,17 @@ def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean, randomised, tmp_pa
         load_imagenet_weights(I3D(SHALLOW, norm="bn", num_classes=7, pool_padding=1), weights)
 
 
-def test_mmaction2_pools_as_its_backbone_does():
+def test_mmaction2_pool1():
     pool = I3D(SHALLOW, stem="mmaction2", pool_padding=1).pool1
     assert (pool.kernel_size, pool.stride, pool.padding) == ((1, 3, 3), (2, 2, 2), (0, 1, 1))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
-def test_out_to_pytorchvideo(randomised, tmp_path):
+def test_export_to_pytorchvideo(randomized, tmp_path):
     from pytorchvideo.models.hub import i3d_r50
 
     torch.manual_seed(0)
-    ours = randomised(i3d_resnet50("bn", stem="8x8", pool_padding=1))
+    ours = randomized(i3d_resnet50("bn", stem="8x8", pool_padding=1))
     info = WeightsInfo("i3d_gn", 3, "bn", stem="8x8", pool_padding=1)
     path = tmp_path / "w.safetensors"
     write_weights(path, Weights(ours.state_dict(), info), naming="pytorchvideo")
@@ -248,7 +241,7 @@ def test_out_to_pytorchvideo(randomised, tmp_path):
     assert all(torch.equal(again.tensors[k], v) for k, v in ours.state_dict().items())
 
 
-def test_metadata_comes_back_as_written(tmp_path):
+def test_metadata_round_trip(tmp_path):
     network = ResNet2d(SHALLOW, norm="gn")
     info = WeightsInfo(
         "torchvision", 2, "gn", num_groups=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
@@ -259,72 +252,11 @@ def test_metadata_comes_back_as_written(tmp_path):
         weights = read_weights(tmp_path / "w")
         assert weights.info == info
         assert all(torch.equal(weights.tensors[k], v) for k, v in network.state_dict().items())
-    with pytest.raises(ValueError, match="pytorchvideo those of video"):
+    with pytest.raises(ValueError, match="not for image networks; use torchvision"):
         write_weights(tmp_path / "w", Weights(network.state_dict(), info), naming="pytorchvideo")
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """Serves what is saved in a folder over loopback; gives the folder and its address."""
-    folder = tmp_path / "published"
-    folder.mkdir()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_torchvision_s_weights_are_had_by_name_and_checked(published, monkeypatch):
-    folder, address = published
-    state = shallow_torchvision("bn").state_dict()
-    torch.save(state, folder / "new.pth")
-    digest = hashlib.sha256((folder / "new.pth").read_bytes()).hexdigest()[:8]
-    (folder / "new.pth").rename(folder / f"resnet50-{digest}.pth")
-    (folder / "resnet50-00000000.pth").write_bytes(b"something else")
-
-    def weight_at(name):
-        return types.SimpleNamespace(url=f"{address}/{name}")
-
-    monkeypatch.setattr(
-        torchvision.models, "get_weight", lambda _: weight_at(f"resnet50-{digest}.pth")
-    )
-    weights = read_weights("ResNet50_Weights.IMAGENET1K_V2")
-    assert (weights.info.mean, weights.info.std) == IMAGENET
-    assert weights.info.stride_in == "3x3"
-    assert torch.equal(weights.tensors["res2.0.norm1.bias"], state["layer1.0.bn1.bias"])
-    for name in ("resnet50-00000000.pth", "missing-00000000.pth"):
-        monkeypatch.setattr(torchvision.models, "get_weight", lambda _, name=name: weight_at(name))
-        with pytest.raises(ValueError, match=r"could not download .*; check the connection, or"):
-            read_weights("ResNet50_Weights.IMAGENET1K_V2")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"no weights 'ResNet50_Weights.V9'"):
-        read_weights("ResNet50_Weights.V9")
-
-
-def test_pytorchvideo_s_zoo_is_had_by_name(published, monkeypatch):
-    folder, address = published
-    network = I3D(SHALLOW, norm="bn", stem="8x8", pool_padding=1)
-    state = export_names(network.state_dict(), "pytorchvideo")
-    torch.save({"model_state": state}, folder / "I3D_8x8_R50.pyth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from pytorchvideo.models.hub.resnet import checkpoint_paths
-    monkeypatch.setitem(checkpoint_paths, "i3d_r50", f"{address}/I3D_8x8_R50.pyth")
-    weights = read_weights("pytorchvideo/i3d_r50")
-    assert (weights.info.stem, weights.info.pool_padding, weights.info.mean) == (
-        "8x8", 1, (0.45, 0.45, 0.45)
-    )  # fmt: skip
-    assert torch.equal(weights.tensors["res5.0.conv2.weight"], network.res5[0].conv2.weight)
-    with pytest.raises(ValueError, match=r"use one of pytorchvideo/i3d_r50, pytorchvideo/c2d_r50"):
-        read_weights("pytorchvideo/slowfast_r50")
-
-
-def test_weights_of_another_network_are_refused():
+def test_weights_with_other_options_are_refused():
     state = ResNet2d(SHALLOW, norm="gn").state_dict()
     info = WeightsInfo("x", 2, "gn", num_groups=32, stride_in="1x1")
     with pytest.raises(ValueError, match=r"has stride_in=3x3 where the weights need 1x1"):
@@ -340,10 +272,10 @@ def test_weights_of_another_network_are_refused():
 @pytest.mark.parametrize(
     ("groups", "norm"), [({"num_groups": 1}, "ln"), ({"channels_per_group": 1}, "in")]
 )
-def test_group_norm_s_extremes_by_either_name(groups, norm):
-    """[GN] Table 3 ends in layer norm and in instance norm."""
+def test_ln_and_in_equal_extreme_groups(groups, norm):
+    """Layer norm and instance norm are the extremes of [GN] Table 3."""
     by_groups = functools.partial(make_norm, "gn", **groups)
-    state = randomise_norms_of(ResNet2d(SHALLOW, norm=by_groups))
+    state = randomize_norms_of(ResNet2d(SHALLOW, norm=by_groups))
     for info in (WeightsInfo("i3d_gn", 2, "gn", **groups), WeightsInfo("i3d_gn", 2, norm)):
         for model_norm in (by_groups, norm):
             model = I3D(SHALLOW, norm=model_norm)
@@ -353,7 +285,7 @@ def test_group_norm_s_extremes_by_either_name(groups, norm):
             load_imagenet_weights(I3D(SHALLOW, norm="gn"), Weights(state, info))
 
 
-def randomise_norms_of(network):
+def randomize_norms_of(network):
     with torch.no_grad():
         for name, tensor in network.named_parameters():
             if "norm" in name:
@@ -361,20 +293,20 @@ def randomise_norms_of(network):
     return network.state_dict()
 
 
-def test_bare_tensors_of_ours_do_not_tell_their_groups():
+def test_groups_of_a_bare_state_dict_are_unknown():
     model = functools.partial(I3D, SHALLOW, norm=functools.partial(make_norm, "gn", num_groups=8))
     source = model()
-    randomise_norms_of(source)
-    filled_too = model()
-    info = load_imagenet_weights(filled_too, source.state_dict()).info
+    randomize_norms_of(source)
+    target = model()
+    info = load_imagenet_weights(target, source.state_dict()).info
     assert (info.norm, info.num_groups) == ("gn", None)
-    assert torch.equal(filled_too.norm1.weight, source.norm1.weight)
-    timm_s = read_weights(shallow_torchvision("gn").state_dict())
+    assert torch.equal(target.norm1.weight, source.norm1.weight)
+    from_timm = read_weights(shallow_torchvision("gn").state_dict())
     with pytest.raises(ValueError, match="num_groups=8 where the weights need 32"):
-        load_imagenet_weights(model(), timm_s)
+        load_imagenet_weights(model(), from_timm)
 
 
-def test_messages_name_the_file(tmp_path):
+def test_messages_contain_the_path(tmp_path):
     path = tmp_path / "deep.pth"
     torch.save(ResNet2d((1, 1, 2, 1), norm="gn").state_dict(), path)
     with pytest.raises(ValueError, match=r"deep\.pth do not fit the model: .*res4\.1\.conv1"):
@@ -387,22 +319,22 @@ def test_messages_name_the_file(tmp_path):
         load_imagenet_weights(I3D(SHALLOW, norm="gn"), path)
 
 
-def test_a_network_without_bottlenecks_is_refused():
+def test_basic_blocks_are_refused():
     for make in (torchvision.models.resnet18, torchvision.models.resnet34):
         with torch.device("meta"):
             state = make().state_dict()
-        with pytest.raises(ValueError, match=r"no network known here; known are ResNet-50/101"):
+        with pytest.raises(ValueError, match=r"unknown network .*; supported are ResNet-50/101"):
             read_weights(state)
 
 
-def test_two_names_of_one_tensor():
+def test_duplicate_names():
     state = shallow_torchvision("gn").state_dict()
     state["layer2.0.gn1.weight"] = state["layer2.0.bn1.weight"] + 1
     with pytest.raises(ValueError, match=r"layer2\.0\.bn1\.weight, layer2\.0\.gn1\.weight are two"):
         read_weights(state)
 
 
-def test_a_head_of_other_classes_stays_at_its_start():
+def test_head_with_other_classes_is_not_loaded():
     state = I3D(SHALLOW, norm="gn", num_classes=7).state_dict()
     weights = Weights(state, WeightsInfo("x", 3, "gn"))
     report = load_imagenet_weights(I3D(SHALLOW, norm="gn", num_classes=5), weights)
@@ -413,7 +345,7 @@ def test_a_head_of_other_classes_stays_at_its_start():
 @pytest.mark.parametrize(
     ("state", "line"),
     [
-        ({"stem.weight": torch.zeros(1)}, "stem.weight are of no network known here"),
+        ({"stem.weight": torch.zeros(1)}, "unknown network with tensors stem.weight"),
         ({}, "not a state dict"),
         (
             {"conv1_gn_s": torch.zeros(1), "nonlocal_conv3_1_theta_w": torch.zeros(1)},
@@ -431,8 +363,8 @@ def test_unknown_tensors(state, line):
 
 
 @pytest.mark.real_data
-def test_real_weights_keep_their_stride_placement(shared_data, tmp_path, images):
-    """The original ResNet-50, stride in the first 1x1, stored in half precision."""
+def test_real_weights_with_stride_in_1x1(shared_data, tmp_path, images):
+    """The original MSRA ResNet-50: stride in the first 1x1, stored in half precision."""
     source = shared_data / "resnet50_imagenet_msra.pth"
     reference = torchvision.models.resnet50()
     for module in reference.modules():
