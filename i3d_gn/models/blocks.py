@@ -1,10 +1,11 @@
-"""The residual block of all ResNets here, and stages of it.
+"""The bottleneck block of all ResNets in this package, and stages of such blocks.
 
 Blocks are those of He et al., arXiv:1512.03385, with a temporal kernel in the first convolution
-([NL] `lib/models/resnet_helper.py`); an image network leaves time out.
+([NL] `lib/models/resnet_helper.py`). Image networks use them without the time dimension.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from i3d_gn.models.conv3d import Conv3d, convolve3d
-from i3d_gn.norm import GroupNorm, Recomputation, kept_as, uses_fused_kernels
+from i3d_gn.norm import GroupNorm, Recomputation, saved_as, uses_fused_kernels
 
 StrideIn = Literal["3x3", "1x1"]
 NormFactory = Callable[[int], nn.Module]
@@ -25,22 +26,24 @@ NORM_NAMES = ("norm1", "norm2", "norm3", "shortcut_norm")
 
 
 def conv3d(in_channels: int, out_channels: int, kernel: Kernel, stride: Kernel) -> nn.Conv3d:
-    """A convolution without bias, padded so that stride 1 keeps the size."""
+    """A convolution without bias, padded to preserve the size at stride 1."""
     padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
     return Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
 
 
 class Bottleneck(nn.Module):
-    """Kt x 1 x 1, 1 x 3 x 3 and 1 x 1 x 1 convolutions round which a shortcut leads.
+    """Residual block of Kt x 1 x 1, 1 x 3 x 3 and 1 x 1 x 1 convolutions.
 
     Args:
-        in_channels, width, out_channels: of input, inner convolutions and result.
+        in_channels: channels of the input.
+        width: channels of the inner convolutions.
+        out_channels: channels of the result.
         temporal_kernel: Kt, odd.
         spatial_stride: of the block.
-        stride_in: the convolution that has the stride, `3x3` or the first `1x1`.
-        norm: makes a normalisation layer for a number of channels.
-        conv: makes a convolution; that of an image network leaves out time.
+        stride_in: the convolution with the stride, `3x3` or the first `1x1`.
+        norm: makes a normalization layer for a number of channels.
         recompute: see `I3D`.
+        conv: makes a convolution, without the time dimension for image networks.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Bottleneck(nn.Module):
         """(N, C_in, T, H, W) to (N, C_out, T, H / stride, W / stride)."""
         y = self.conv1(x)
         if self.recompute and can_recompute(self.norm1, y):
-            return self._recomputing(x, y)
+            return self._forward_with_recompute(x, y)
         y = norm_relu(self.norm1, y)
         y = norm_relu(self.norm2, self.conv2(y))
         y = self.conv3(y)
@@ -85,27 +88,27 @@ class Bottleneck(nn.Module):
             x = self.shortcut_norm(self.shortcut_conv(x))
         return norm_relu(self.norm3, y, residual=x)
 
-    def _recomputing(self, x: Tensor, y: Tensor) -> Tensor:
-        """The rest of `forward` after conv1: the same numbers, fewer of them kept for backward.
+    def _forward_with_recompute(self, x: Tensor, y: Tensor) -> Tensor:
+        """`forward` from the output y of conv1 on: the same result, less saved for backward.
 
-        Kept are the outputs of conv1, conv2 and the block: as many bytes as a block of frozen
-        batch norm keeps. Backward applies norm1 and norm2 again, and the 1 x 1 x 1 convolutions.
+        Saves the outputs of conv1, conv2 and the block, as many bytes as a block with frozen batch
+        norm. Backward recomputes norm1, norm2 and the 1 x 1 x 1 convolutions.
         """
         assert isinstance(self.norm1, GroupNorm)
         assert isinstance(self.norm2, GroupNorm)
-        y, again = self.norm1.relu_with_again(y)
-        with kept_as(y, again):
+        y, recompute_relu1 = self.norm1.relu_with_recompute(y)
+        with saved_as(y, recompute_relu1):
             y = self.conv2(y)
-        y, again = self.norm2.relu_with_again(y)
-        relu2 = Recomputation(again, num_uses=2)  # by conv3's backward and by `conv3_again`
-        with kept_as(y, relu2):
+        y, recompute_relu2 = self.norm2.relu_with_recompute(y)
+        relu2 = Recomputation(recompute_relu2, num_uses=2)  # backward of conv3, recomputing conv3
+        with saved_as(y, relu2):
             y = self.conv3(y)
-        conv3_again = _convolve_again(self.conv3, relu2)
+        recompute_conv3 = _convolution_recompute(self.conv3, relu2)
         if self.shortcut_conv is not None and self.shortcut_norm is not None:
             shortcut = self.shortcut_conv(x)
-            with kept_as(shortcut, _convolve_again(self.shortcut_conv, x.detach)):
+            with saved_as(shortcut, _convolution_recompute(self.shortcut_conv, x.detach)):
                 x = self.shortcut_norm(shortcut)
-        with kept_as(y, conv3_again):
+        with saved_as(y, recompute_conv3):
             return norm_relu(self.norm3, y, residual=x)
 
 
@@ -121,7 +124,7 @@ def make_stage(
     recompute: bool = True,
     conv: ConvFactory = conv3d,
 ) -> nn.Sequential:
-    """`depth` blocks; the first has the stride. `temporal_kernels` repeats over the blocks."""
+    """`depth` blocks, the first with the stride; `temporal_kernels` repeat over the blocks."""
     out_channels = 4 * width
     return nn.Sequential(
         *(
@@ -142,7 +145,7 @@ def make_stage(
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Normalise (N, C, *), add the residual, apply ReLU: in one go where the layer can."""
+    """Normalize (N, C, *), add the residual and apply ReLU, in one operator if the layer can."""
     if isinstance(norm, GroupNorm):
         return norm(x, relu=True, residual=residual)
     y = norm(x)
@@ -152,7 +155,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 def can_recompute(norm: nn.Module, x: Tensor) -> bool:
-    """Whether backward may apply `norm` and ReLU to x (N, C, *) again instead of keeping them."""
+    """Whether backward can recompute `norm` and ReLU of x (N, C, *) instead of saving them."""
     return (
         isinstance(norm, GroupNorm)
         and torch.is_grad_enabled()
@@ -162,23 +165,25 @@ def can_recompute(norm: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _convolve_again(
+def _convolution_recompute(
     conv: nn.Conv2d | nn.Conv3d, input: Callable[[], Tensor]
 ) -> Callable[[], Tensor]:
-    """A function that convolves once more, in backward, with the weight of now."""
-    weight, version = conv.weight.detach(), conv.weight._version
+    """A function that recomputes `conv` in backward, with the current weight."""
+    weight = conv.weight.detach()
+    return partial(_recompute_convolution, conv, weight, weight._version, input)
 
-    def again() -> Tensor:
-        # What autograd checks of the tensors that it keeps.
-        if weight._version != version:
-            raise RuntimeError(
-                "a convolution's weight was modified between forward and backward, which computes "
-                "the convolution again; make I3D with recompute=False to do that"
-            )
-        x = input()
-        if isinstance(conv, Conv3d):
-            assert isinstance(conv.padding, tuple)
-            return convolve3d(x, weight.to(x.dtype), conv.stride, conv.padding)
-        return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding)
 
-    return again
+def _recompute_convolution(
+    conv: nn.Conv2d | nn.Conv3d, weight: Tensor, version: int, input: Callable[[], Tensor]
+) -> Tensor:
+    # Autograd makes this check for tensors that it saves.
+    if weight._version != version:
+        raise RuntimeError(
+            "the weight of a convolution was modified between forward and backward, which "
+            "recomputes the convolution; use I3D(..., recompute=False) to allow this"
+        )
+    x = input()
+    if isinstance(conv, Conv3d):
+        assert isinstance(conv.padding, tuple)
+        return convolve3d(x, weight.to(x.dtype), conv.stride, conv.padding)
+    return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding)

@@ -1,8 +1,8 @@
-"""I3D ResNet: the network and its variants, which are tuples of block counts.
+"""I3D ResNet: the network and its variants, given by the number of blocks per stage.
 
 The network is the 3-D ResNet of facebookresearch/video-nonlocal-net ([NL], `resnet_video_org`),
-the Kinetics baseline of [GN] section 4.3: a 2-D ResNet whose kernels are inflated along time, the
-temporal kernel alternating between 3 and 1 over the blocks.
+the Kinetics baseline of [GN] section 4.3: a 2-D ResNet whose kernels are inflated along time, with
+temporal kernels that alternate between 3 and 1 over the blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from i3d_gn.models.blocks import (
     make_stage,
     norm_relu,
 )
-from i3d_gn.norm import BatchRenorm, GroupNorm, kept_as, make_norm
+from i3d_gn.norm import BatchRenorm, GroupNorm, make_norm, saved_as
 
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
 
@@ -38,7 +38,7 @@ TEMPORAL_KERNELS = ((3,), (3, 1), (3, 1), (1, 3))
 
 
 class Stem(NamedTuple):
-    """What differs between stems: conv1 and pool1 along time."""
+    """Temporal kernel and strides that differ between stems."""
 
     conv1_stride: int
     pool1_kernel: int
@@ -48,7 +48,7 @@ class Stem(NamedTuple):
 STEMS = {
     "strided": Stem(conv1_stride=2, pool1_kernel=2, pool1_stride=2),  # 32 and 64 frames
     "8x8": Stem(conv1_stride=1, pool1_kernel=1, pool1_stride=1),  # 8 frames, 8 apart
-    # 32 frames, of which pool1 drops every other position: mmaction2 models/backbones/resnet3d.py.
+    # 32 frames; pool1 drops every other position: mmaction2 models/backbones/resnet3d.py.
     "mmaction2": Stem(conv1_stride=2, pool1_kernel=1, pool1_stride=2),
 }
 
@@ -62,23 +62,23 @@ class Head(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, features: Tensor, window: tuple[int, int] | None) -> Tensor:
-        """Features (N, C, T, H, W) to logits, (N, K) or with a window (N, K, 1, H', W')."""
+        """Features (N, C, T, H, W) to logits (N, K), or with a window (N, K, 1, H', W')."""
         if window is None:
             return self.linear(self.dropout(features.mean((2, 3, 4))))
         map_height, map_width = features.shape[3:]
         if not (1 <= window[0] <= map_height and 1 <= window[1] <= map_width):
             raise ValueError(
-                f"window={window} does not fit the {map_height}x{map_width} feature map; give the "
-                "size of the map at the training crop (7x7 for 224 pixels) and clips no smaller "
-                "than that crop"
+                f"window={window} does not fit the {map_height}x{map_width} feature map; use the "
+                "size of the map at the training crop (7x7 for 224 pixels) and clips at least as "
+                "large as that crop"
             )
         pooled = F.avg_pool3d(features, (features.shape[2], *window), stride=1)
-        # A 1x1x1 convolution is the linear layer at every position.
+        # The linear layer at every position, as a 1x1x1 convolution.
         return self.linear(self.dropout(pooled).movedim(1, -1)).movedim(-1, 1)
 
 
 class I3D(nn.Module):
-    """Inflated 3-D ResNet with bottleneck blocks, clips to logits.
+    """Inflated 3-D ResNet with bottleneck blocks, from clips to logits.
 
     Shapes for 32 frames of 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`):
 
@@ -86,7 +86,7 @@ class I3D(nn.Module):
         -> res3 512,4,28,28 -> res4 1024,4,14,14 -> res5 2048,4,7,7 -> head
 
     Args:
-        depths: blocks of res2 to res5.
+        depths: number of blocks in res2 to res5.
         norm: a name for `i3d_gn.norm.make_norm`, or a function from a number of channels to a
             layer, for instance `functools.partial(make_norm, "gn", channels_per_group=16)`.
         num_classes: K.
@@ -94,22 +94,22 @@ class I3D(nn.Module):
         stem: `strided` in time, by 2 in conv1 and in pool1, for 32 and 64 frames; `8x8` ([NL]
             and pytorchvideo), no temporal stride in either, for 8 frames; or `mmaction2`, as
             `strided` with a temporal kernel of 1 in pool1.
-        inflate: False for C2D, all convolutions of temporal kernel 1; pooling stays.
-        pool_padding: spatial padding of pool1: 0 as in [NL]'s code, a 55 x 55 map at 224 pixels,
-            or 1 as in PySlowFast and pytorchvideo, 56 x 56.
+        inflate: False for C2D: all convolutions have temporal kernel 1; pooling is unchanged.
+        pool_padding: spatial padding of pool1: 0 as in [NL]'s code, for a 55 x 55 map at 224
+            pixels, or 1 as in PySlowFast and pytorchvideo, for 56 x 56.
         stride_in: which convolution of a stage's first block has the stride: the `3x3`, as in
-            torchvision, or the first `1x1`, as in the original MSRA form.
+            torchvision, or the first `1x1`, as in the original MSRA ResNet.
         dropout: probability before the classifier.
-        zero_init_last_norm: start each block's last gamma from 0 ([GN] section 4.1).
-        checkpoint_stages: stages, `res2` to `res5`, whose activations training recomputes in
-            backward in place of keeping them.
-        recompute: let blocks with group norm keep for backward no more than blocks with frozen
-            batch norm do, about half of what batch norm keeps; backward computes the rest again.
-            It takes effect where the fused kernels of group norm run (CUDA), except in
-            `checkpoint_stages` and under `torch.compile`, which decides this by itself.
+        zero_init_last_norm: initialize the last gamma of each block to 0 ([GN] section 4.1).
+        checkpoint_stages: stages, `res2` to `res5`, whose activations are recomputed in backward
+            instead of saved (`torch.utils.checkpoint`).
+        recompute: let blocks with group norm save no more for backward than blocks with frozen
+            batch norm, about half of what batch norm saves; backward recomputes the rest. Takes
+            effect where the fused kernels of group norm run (CUDA), except in `checkpoint_stages`
+            and under `torch.compile`, which makes this choice itself.
 
     Raises:
-        ValueError: an option outside its choices.
+        ValueError: an option is not one of its choices.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ class I3D(nn.Module):
         self.norm1 = norm_factory(width)
         if checkpoint_stages and isinstance(self.norm1, BatchRenorm):
             raise ValueError(
-                f"checkpoint_stages={tuple(checkpoint_stages)} with norm 'brn': what it recomputes "
-                "would see other running statistics; leave checkpoint_stages empty"
+                f"checkpoint_stages={tuple(checkpoint_stages)} with norm 'brn': the recomputation "
+                "would use other running statistics; leave checkpoint_stages empty"
             )
         self.pool1 = nn.MaxPool3d(
             (pool1_kernel, 3, 3),
@@ -161,7 +161,7 @@ class I3D(nn.Module):
                 spatial_stride=1 if i == 0 else 2,
                 stride_in=stride_in,
                 norm=norm_factory,
-                # Inside a checkpoint these tensors would be kept, not dropped.
+                # Inside a checkpoint these tensors would be saved, not dropped.
                 recompute=recompute and STAGE_NAMES[i] not in self.checkpoint_stages,
             )
             for i, (depth, temporal_kernels) in enumerate(
@@ -178,27 +178,29 @@ class I3D(nn.Module):
         """Classify clips.
 
         Args:
-            clips: (N, 3, T, H, W), floating point, normalised.
+            clips: (N, 3, T, H, W), floating point, normalized.
             window: None averages the whole res5 map. (h, w) is fully convolutional testing: the
-                average over all of time and a sliding h x w window, at stride 1, then the
+                average over all of time and a sliding h x w window with stride 1, then the
                 classifier at each position. Use the size of the map at the training crop, 7 x 7 at
-                224 pixels, where both forms agree; take the softmax per position.
+                224 pixels; for clips of that size the results of both agree. Take the softmax per
+                position.
 
         Returns:
             Logits (N, K), or with a window (N, K, 1, H', W').
 
         Raises:
-            ValueError: clips of another shape or type, too small for the network or the window.
+            ValueError: the clips have another shape or dtype, or are too small for the network or
+                the window.
         """
         if clips.dim() != 5 or clips.shape[1] != 3:
             raise ValueError(f"clips have shape {tuple(clips.shape)}; expected (N, 3, T, H, W)")
         if not clips.is_floating_point():
-            raise ValueError(f"clips are {clips.dtype}; normalise them to floating point first")
+            raise ValueError(f"clips are {clips.dtype}; convert and normalize them first")
         self.feature_size(*clips.shape[2:])
         x = self.conv1(clips)
         if self.recompute and isinstance(self.norm1, GroupNorm) and can_recompute(self.norm1, x):
-            x, again = self.norm1.relu_with_again(x)
-            with kept_as(x, again):
+            x, recompute_relu1 = self.norm1.relu_with_recompute(x)
+            with saved_as(x, recompute_relu1):
                 x = self.pool1(x)
         else:
             x = self.pool1(norm_relu(self.norm1, x))
@@ -209,10 +211,10 @@ class I3D(nn.Module):
         return self.head(x, window)
 
     def feature_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Size (T, H, W) of the res5 map for clips of this size, by arithmetic.
+        """Size (T, H, W) of the res5 map for clips of this size, computed without running it.
 
         Raises:
-            ValueError: the clip is too small; names the smallest size that is not.
+            ValueError: the clip is too small; the message gives the smallest possible size.
         """
         layers = self._size_changing_layers()
         size = (
@@ -226,19 +228,19 @@ class I3D(nn.Module):
             ]
             raise ValueError(
                 f"a clip of {num_frames} frames of {height}x{width} pixels is too small for this "
-                f"network; it takes at least {least[0]} frames of {least[1]}x{least[2]} pixels"
+                f"network; use at least {least[0]} frames of {least[1]}x{least[2]} pixels"
             )
         return size
 
     def reset_norms(self) -> None:
-        """Set normalisation layers to their initial values: gamma 1, last gammas as configured."""
+        """Reset normalization layers to their initial values; last gammas as configured."""
         for name, module in self.named_modules():
             reset = getattr(module, "reset_parameters", None)
             if name.rpartition(".")[2] in NORM_NAMES and callable(reset):
                 reset()
         if self.zero_init_last_norm:
             for module in self.modules():
-                # Only what training can lift from zero: the buffers of a frozen norm stay.
+                # Only parameters: a frozen gamma of 0 could never change.
                 if isinstance(module, Bottleneck) and isinstance(
                     gamma := getattr(module.norm3, "weight", None), nn.Parameter
                 ):
@@ -256,10 +258,10 @@ class I3D(nn.Module):
         stage = self.get_submodule(name)
         if name not in self.checkpoint_stages or not torch.is_grad_enabled():
             return stage(x)
-        # Stages draw no random numbers, so the generators' states need not be kept.
+        # Stages draw no random numbers, so generator states need not be saved.
         run = partial(checkpoint, stage, x, use_reentrant=False, preserve_rng_state=False)
         batch_norms = [m for m in stage.modules() if isinstance(m, _BatchNorm)]
-        # torch.compile cannot look through a context that is chosen between two.
+        # torch.compile cannot trace a `context_fn`, so pass one only if it is needed.
         return run(context_fn=partial(_recompute_contexts, batch_norms)) if batch_norms else run()
 
     def _size_changing_layers(self) -> list[nn.Conv3d | nn.MaxPool3d]:
@@ -291,9 +293,9 @@ def i3d_resnet101(norm: str | NormFactory = "gn", num_classes: int = 400, **opti
 
 
 def i3d_tiny(norm: str | NormFactory = "gn", num_classes: int = 400, **options: Any) -> I3D:
-    """A narrow I3D of one block a stage, for demonstrations and tests on a CPU.
+    """A narrow I3D with one block per stage, for demos and tests on a CPU.
 
-    16 channels in conv1, which 32 groups do not divide: `gn` means 8 groups here.
+    32 groups do not divide the 16 channels of conv1, so `gn` means 8 groups here.
     """
     norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
     return I3D((1, 1, 1, 1), norm=norm, num_classes=num_classes, width=16, **options)
@@ -305,7 +307,7 @@ def _check_choice(option: str, value: object, choices: tuple[object, ...]) -> No
 
 
 def _chain_length(layers: list[nn.Conv3d | nn.MaxPool3d], axis: int, length: int) -> int:
-    """Length along T, H or W (axis 0, 1, 2) after the layers; 0 if one has nothing to see."""
+    """Length along T, H or W (axis 0, 1, 2) after the layers; 0 if it is too short for one."""
     for layer in layers:
         kernel, stride, padding = (
             values[axis] if isinstance(values, tuple) else values
@@ -321,17 +323,17 @@ def _chain_length(layers: list[nn.Conv3d | nn.MaxPool3d], axis: int, length: int
 
 
 @contextmanager
-def _statistics_held(batch_norms: list[_BatchNorm]) -> Iterator[None]:
-    """Normalise as the first time, without updating running statistics a second time."""
-    kept = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms]
-    for module, _, num_batches_tracked in kept:
+def _running_statistics_fixed(batch_norms: list[_BatchNorm]) -> Iterator[None]:
+    """Normalize by the batch, as in the first forward, and keep running statistics unchanged."""
+    before = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms]
+    for module, _, num_batches_tracked in before:
         module.momentum = 0.0  # running = (1 - 0) * running + 0 * batch, exactly
         if num_batches_tracked is not None:
             module.num_batches_tracked = num_batches_tracked.clone()
     try:
         yield
     finally:
-        for module, momentum, num_batches_tracked in kept:
+        for module, momentum, num_batches_tracked in before:
             module.momentum = momentum
             module.num_batches_tracked = num_batches_tracked
 
@@ -339,4 +341,4 @@ def _statistics_held(batch_norms: list[_BatchNorm]) -> Iterator[None]:
 def _recompute_contexts(
     batch_norms: list[_BatchNorm],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_held(batch_norms)
+    return nullcontext(), _running_statistics_fixed(batch_norms)

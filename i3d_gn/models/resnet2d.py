@@ -1,6 +1,6 @@
-"""Image ResNets from the blocks of I3D: what is trained on ImageNet and then inflated.
+"""Image ResNets made of I3D's blocks, to train on ImageNet and inflate.
 
-The network of [GN] section 4.1, torchvision's ResNet with the stride in the 3x3 convolution.
+The network of [GN] section 4.1: torchvision's ResNet, with the stride in the 3x3 convolution.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from i3d_gn.norm import make_norm
 
 
 def conv2d(in_channels: int, out_channels: int, kernel: Kernel, stride: Kernel) -> nn.Conv2d:
-    """A convolution over (H, W) for a kernel and stride (1, H, W)."""
+    """A convolution over (H, W) from a kernel and a stride (1, H, W)."""
     assert kernel[0] == stride[0] == 1
     padding = (kernel[1] // 2, kernel[2] // 2)
     return nn.Conv2d(in_channels, out_channels, kernel[1:], stride[1:], padding, bias=False)
@@ -33,18 +33,18 @@ class ImageHead(nn.Module):
 
 
 class ResNet2d(nn.Module):
-    """ResNet with bottleneck blocks, images to logits.
+    """ResNet with bottleneck blocks, from images to logits.
 
-    Its tensors have the names of I3D's, so that a checkpoint inflates.
+    Parameters have the same names as in `I3D`, so that a checkpoint can be inflated.
 
     Args:
-        depths: blocks of res2 to res5.
+        depths: number of blocks in res2 to res5.
         norm: a name for `i3d_gn.norm.make_norm`, or a function from a number of channels to a
             layer for (N, C, H, W).
         num_classes: K.
         width: channels of conv1 and inner channels of res2; each stage doubles the latter.
         stride_in: which convolution of a stage's first block has the stride, `3x3` or `1x1`.
-        zero_init_last_norm: start each block's last gamma from 0 ([GN] section 4.1).
+        zero_init_last_norm: initialize the last gamma of each block to 0 ([GN] section 4.1).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ResNet2d(nn.Module):
         self._init_weights(zero_init_last_norm)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) to logits (N, K)."""
+        """Normalized images (N, 3, H, W) to logits (N, K)."""
         x = self.pool1(F.relu(self.norm1(self.conv1(images)), inplace=True))
         return self.head(self.res5(self.res4(self.res3(self.res2(x)))))
 
@@ -108,9 +108,9 @@ def resnet101(norm: str | NormFactory = "gn", num_classes: int = 1000, **options
 def resnet_tiny(
     norm: str | NormFactory = "gn", num_classes: int = 1000, **options: Any
 ) -> ResNet2d:
-    """A narrow ResNet of one block a stage, to be trained on a CPU.
+    """A narrow ResNet with one block per stage, for training on a CPU.
 
-    16 channels in conv1, which 32 groups do not divide: `gn` means 8 groups here.
+    32 groups do not divide the 16 channels of conv1, so `gn` means 8 groups here.
     """
     norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
     return ResNet2d((1, 1, 1, 1), norm=norm, num_classes=num_classes, width=16, **options)

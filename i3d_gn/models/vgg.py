@@ -1,4 +1,4 @@
-"""VGG-16 with a normalisation layer after each convolution, or without ([GN] section 4.1)."""
+"""VGG-16, optionally with a normalization layer after each convolution ([GN] section 4.1)."""
 
 from functools import partial
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from i3d_gn.models.blocks import NormFactory
 from i3d_gn.norm import make_norm
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, number of convolutions)
 
 
 class ConvNormRelu(nn.Module):
-    """A 3x3 convolution with bias, normalisation and ReLU, (N, C, H, W) to (N, C', H, W)."""
+    """A 3x3 convolution with bias, normalization and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: NormFactory) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class ConvNormRelu(nn.Module):
         self.norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the three."""
+        """(N, C, H, W) to (N, C', H, W)."""
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
 
 class VGG16(nn.Module):
-    """VGG-16, images to logits; 138,357,544 parameters without normalisation and 1000 classes.
+    """VGG-16, from images to logits; 138,357,544 parameters without norms, for 1000 classes.
 
     Args:
         norm: a name for `i3d_gn.norm.make_norm`, or a function from a number of channels to a
@@ -53,7 +53,7 @@ class VGG16(nn.Module):
         self._init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W), at least 32 x 32, to logits (N, K)."""
+        """Normalized images (N, 3, H, W), at least 32 x 32, to logits (N, K)."""
         x = images
         for names in self.stage_layers:
             for name in names:

@@ -5,39 +5,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from i3d_gn.norm.split_batch_norm import (
-    check_channels,
-    check_splits,
-    check_stats_batch_size,
-)
+from i3d_gn.norm.split_batch_norm import check_channels, check_splits, check_stats_batch_size
 
 
 class BatchRenorm(_BatchNorm):
-    """Batch norm corrected towards its running statistics (arXiv:1702.03275, Algorithm 1).
+    """Batch norm corrected toward its running statistics (arXiv:1702.03275, Algorithm 1).
 
-    In training, over a batch with mean m and deviation s = sqrt(var + eps), var the biased one,
+    In training, for a batch with mean m and s = sqrt(var + eps), var the biased variance,
 
         y = ((x - m) / s * r + d) * weight + bias
         r = clip(s / running_s, 1 / r_max, r_max),  d = clip((m - running_m) / running_s, +-d_max)
 
     where no gradient flows through r and d, and running_m and running_s are exponential averages of
-    m and s. In evaluation y = (x - running_m) / running_s * weight + bias. The buffers have batch
-    norm's names, `running_var` being running_s^2 - eps, so that state dicts exchange.
+    m and s. In evaluation y = (x - running_m) / running_s * weight + bias. The buffers have the
+    names of batch norm's, with `running_var` = running_s^2 - eps, so that state dicts are
+    interchangeable.
 
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: weight of a batch in the averages; the paper's is 0.01.
+        momentum: weight of a batch in the averages; 0.01 in the paper.
         r_max, d_max: largest corrections; r_max = 1, d_max = 0 is batch norm. [GN] section 4.1
-            takes 1.5 and 0.5 where BN's batch is small, Ioffe 3 and 5.
-        schedule: (start, r_end, d_end) in training batches: batch norm up to `start`, then limits
-            that grow linearly, r_max's until `r_end` and d_max's until `d_end`. None: no growth.
-        stats_batch_size: None, or n for statistics over n samples at a time, as
-            `SplitBatchNorm` has them.
+            uses 1.5 and 0.5 for small batches, Ioffe 3 and 5.
+        schedule: (start, r_end, d_end) in training batches: batch norm until `start`, then the
+            limits grow linearly, r_max until `r_end` and d_max until `d_end`. None: constant
+            limits.
+        stats_batch_size: None, or n to compute statistics over n samples at a time, as in
+            `SplitBatchNorm`.
 
     Raises:
-        ValueError: limits, schedule or n out of range; in training, an empty batch or one that is
-            no multiple of n.
+        ValueError: a limit, the schedule or n is out of range; in training, the batch is empty or
+            not a multiple of n.
     """
 
     def __init__(
@@ -66,18 +64,18 @@ class BatchRenorm(_BatchNorm):
         self.stats_batch_size = stats_batch_size
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """r_max and d_max at this point of the schedule, left on the device."""
+        """r_max and d_max at this point of the schedule, as tensors on the device."""
         assert self.num_batches_tracked is not None
         done = self.num_batches_tracked.to(torch.float32)
         if self.schedule is None:
             return torch.full_like(done, self.r_max), torch.full_like(done, self.d_max)
         start, r_end, d_end = self.schedule
-        r_share = ((done - start) / (r_end - start)).clamp(0, 1)
-        d_share = ((done - start) / (d_end - start)).clamp(0, 1)
-        return 1 + (self.r_max - 1) * r_share, self.d_max * d_share
+        r_progress = ((done - start) / (r_end - start)).clamp(0, 1)
+        d_progress = ((done - start) / (d_end - start)).clamp(0, 1)
+        return 1 + (self.r_max - 1) * r_progress, self.d_max * d_progress
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, *)."""
+        """Normalize (N, C, *)."""
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None
@@ -87,7 +85,7 @@ class BatchRenorm(_BatchNorm):
                 input, running_mean, running_var, self.weight, self.bias, eps=self.eps
             )
         if len(input) == 0:
-            raise ValueError("a batch of 0 samples has no statistics to train on; leave it out")
+            raise ValueError("a batch of 0 samples has no statistics; skip it in training")
         size = self.stats_batch_size or len(input)
         check_splits(input, size)
         r_max, d_max = self.limits()
@@ -103,7 +101,7 @@ class BatchRenorm(_BatchNorm):
                 r = torch.clamp(std / running_std, 1 / r_max, r_max)
                 d = torch.clamp((mean - running_mean) / running_std, -d_max, d_max)
                 first = (mean, std) if first is None else first
-            # Batch norm's own gradient, with r and d as constants of its affine part.
+            # The gradient is batch norm's: r and d are constants in its affine part.
             outputs.append(
                 F.batch_norm(
                     samples,
@@ -133,7 +131,7 @@ class BatchRenorm(_BatchNorm):
         check_channels(input, self.num_features)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the parentheses."""
+        """Options shown by `print`."""
         return (
             f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, "
             f"schedule={self.schedule}, stats_batch_size={self.stats_batch_size}"

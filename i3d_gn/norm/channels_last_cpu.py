@@ -1,18 +1,18 @@
-"""Group norm on the CPU for channels_last tensors: for each size the fastest way that is right.
+"""Group norm of channels_last tensors on the CPU: the fastest accurate method for each size.
 
-`torch.group_norm` takes this layout, but computes the variance as E[x^2] - E[x]^2 (wrong by 0.1 at
+`torch.group_norm` supports this layout, but computes the variance as E[x^2] - E[x]^2 (off by 0.1 at
 a mean/std of 100, useless at 1000), and its backward takes up to 30 times as long as on contiguous
-tensors (bf16, 64 x 16 x 56 x 56: 49 ms against 1.6). Hence
+tensors (bf16, 64 x 16 x 56 x 56: 49 ms against 1.6). Therefore
 
-- short samples go through the contiguous layout: the copies stay in the cache;
-- in low precision, forward trusts torch's statistics where they show that nothing cancelled;
-- backward is torch's where nothing cancels and groups are wide enough for its vectors;
-- all else is built here from sums over rows and torch's batch-norm kernels.
+- samples with few rows are copied to the contiguous layout; the copies stay in the cache;
+- in low precision, forward uses torch's statistics if they show that nothing canceled;
+- backward is torch's if nothing can cancel and groups are wide enough for its vectors;
+- everything else is computed here, from sums over rows and torch's batch-norm kernels.
 
-For the latter a channels_last sample is a matrix of S = T*H*W rows and C columns, worked through in
-slabs of rows that fit the cache. Each slab gives its per-channel mean and variance, in two passes
-over cached data and with pairwise sums; the parallel formula of Chan et al. (1979) joins slabs and
-the channels of a group in float64, so no step subtracts large squares.
+For the latter, a channels_last sample is a matrix of S = T*H*W rows and C columns, processed in
+slabs of rows that fit the cache. The mean and variance per channel of a slab take two passes over
+cached data, with pairwise sums. The parallel formula of Chan et al. (1979) combines slabs and the
+channels of a group in float64, so that large squares are never subtracted.
 """
 
 import torch
@@ -22,24 +22,26 @@ from i3d_gn.norm.operators import Operator, no_gradient
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-# Elements of a slab: 1 MiB in fp32, so that a slab stays in a core's L2 cache (measured best of
-# 2^15 to 2^19; larger slabs also save calls).
+# Elements of a slab: 1 MiB in fp32, so that a slab stays in a core's L2 cache (the fastest of 2^15
+# to 2^19; larger slabs also save calls).
 _SLAB_ELEMENTS = 1 << 18
 
-# Forward, below this many rows torch has another channels_last kernel, fast from groups of a
-# vector's width on; narrower ones are better copied, and so is fp32, where torch is not right.
+# Forward: below this many rows torch uses another channels_last kernel, which is fast if groups are
+# at least as wide as a vector. Copying is faster for narrower groups, and also for fp32, where
+# torch's result is not accurate.
 _FEW_ROWS = 1024
 _WIDE_GROUP = 16
 
-# Backward, torch's channels_last kernel takes these groups at the speed of batch norm, in low
-# precision as wide as a vector; in fp32 its sums are good enough over so many rows. Of samples with
-# fewer rows than the last of these, slabs are dearer than copies (all measured at C = 64 to 2048).
+# Backward: torch's channels_last kernel is as fast as batch norm for groups of at least this width,
+# in low precision that of a vector, and its fp32 sums are accurate over at most this many rows. For
+# samples of fewer rows than the last value, copying is faster than slabs (all measured at C = 64 to
+# 2048).
 _WIDE_GROUP_FP32 = 4
 _SUMMED_ROWS_FP32 = 4096
 _FEW_ROWS_BACKWARD = 512
 
-# The largest |mean| / std at which E[x^2] - E[x]^2 is exact to much less than an ulp of bfloat16
-# or float16: of the variance, 17 times the 1e-5 that summing 25,000 numbers in fp32 costs.
+# The largest |mean| / std at which the error of E[x^2] - E[x]^2 is much less than an ulp of
+# bfloat16 or float16: 17 times the relative error of 1e-5 of an fp32 sum over 25,000 numbers.
 _LARGEST_TRUSTED_MEAN = 4.0
 
 
@@ -48,17 +50,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(1, -2)
 
 
-def _with_usual_strides(x: Tensor) -> Tensor:
-    """A dense channels_last tensor, copied if dimensions of size 1 have strides of their own.
+def _with_standard_strides(x: Tensor) -> Tensor:
+    """A dense channels_last tensor, copied if dimensions of size 1 have nonstandard strides.
 
-    Group norm of torch 2.11 refuses some of these, which mean nothing.
+    Such strides have no meaning, but group norm of torch 2.11 rejects some of them.
     """
     sizes, strides = x.shape, x.stride()
-    usual = 1
+    standard = 1
     for dim in (1, *range(x.dim() - 1, 1, -1), 0):
-        if strides[dim] != usual:
+        if strides[dim] != standard:
             return x.clone(memory_format=_layout(x))
-        usual *= sizes[dim]
+        standard *= sizes[dim]
     return x
 
 
@@ -70,26 +72,26 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def _is_better_contiguous(dtype: torch.dtype, num_rows: int, group_size: int) -> bool:
-    """Whether to copy to the contiguous layout and back."""
+def _is_faster_contiguous(dtype: torch.dtype, num_rows: int, group_size: int) -> bool:
+    """Whether forward copies to the contiguous layout and back."""
     return num_rows < _FEW_ROWS and (group_size < _WIDE_GROUP or dtype not in _LOW_PRECISION)
 
 
 def _torch_backward_suits(dtype: torch.dtype, num_rows: int, group_size: int) -> bool:
-    """Whether torch's channels_last backward is fast, and right where statistics are trusted."""
+    """Whether torch's channels_last backward is fast, and accurate if statistics are trusted."""
     if dtype in _LOW_PRECISION:
         return group_size >= _WIDE_GROUP
     return group_size >= _WIDE_GROUP_FP32 and num_rows <= _SUMMED_ROWS_FP32
 
 
 def _are_trusted(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether statistics (N, G) of torch's channels_last kernel can be right; NaN is not."""
-    room = rstd * (_LARGEST_TRUSTED_MEAN - (mean * rstd).abs())  # 0 if the variance overflowed
-    return room.min().item() > 0
+    """Whether statistics (N, G) of torch's channels_last kernel are accurate; False for NaN."""
+    margin = rstd * (_LARGEST_TRUSTED_MEAN - (mean * rstd).abs())  # 0 if the variance overflowed
+    return margin.min().item() > 0
 
 
 def _group_statistics(samples: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per group, float64 (N, G), of samples (N, S, C)."""
+    """Mean and biased variance per group, (N, G) in float64, of samples (N, S, C)."""
     num_samples, num_rows, num_channels = samples.shape
     group_size = num_channels // num_groups
     compute_dtype = torch.promote_types(samples.dtype, torch.float32)
@@ -97,22 +99,23 @@ def _group_statistics(samples: Tensor, num_groups: int) -> tuple[Tensor, Tensor]
     moments = []
     for rows in samples:
         for slab in _slabs(rows):
-            # `sum` adds pairwise; batch norm's kernels, which do not, lose more than they gain.
-            centre = slab.sum(0, dtype=compute_dtype) / len(slab)
-            centred = torch.sub(slab, centre, out=scratch[: len(slab)])
-            rest = centred.sum(0) / len(slab)  # what rounding left out of the centre
-            moments.append(torch.stack((centre, rest, centred.square_().sum(0) / len(slab))))
+            # `sum` adds pairwise; batch norm's kernels do not, and their error is too large here.
+            center = slab.sum(0, dtype=compute_dtype) / len(slab)
+            centered = torch.sub(slab, center, out=scratch[: len(slab)])
+            correction = centered.sum(0) / len(slab)  # rounding error of the center
+            square = centered.square_().sum(0) / len(slab)
+            moments.append(torch.stack((center, correction, square)))
 
-    # From (N * slabs, 3, C) to 3 of (N, slabs, G, C / G): a group's are over dims 1 and 3.
-    centre, rest, square = (
+    # From (N * slabs, 3, C) to three of (N, slabs, G, C / G); dims 1 and 3 belong to one group.
+    center, correction, square = (
         torch.stack(moments).double().view(num_samples, -1, 3, num_groups, group_size).unbind(2)
     )
-    mean, variance = centre + rest, (square - rest * rest).clamp(min=0)
+    mean, variance = center + correction, (square - correction * correction).clamp(min=0)
     sizes = torch.tensor([slab.shape[0] for slab in _slabs(samples[0])], dtype=torch.float64)
-    share = (sizes / (num_rows * group_size)).view(1, -1, 1, 1)
-    group_mean = (mean * share).sum((1, 3))
+    fraction = (sizes / (num_rows * group_size)).view(1, -1, 1, 1)
+    group_mean = (mean * fraction).sum((1, 3))
     offset = mean - group_mean[:, None, :, None]
-    return group_mean, ((variance + offset * offset) * share).sum((1, 3))
+    return group_mean, ((variance + offset * offset) * fraction).sum((1, 3))
 
 
 def _forward(
@@ -124,20 +127,20 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise a dense channels_last CPU tensor, add `residual`, apply ReLU on request.
+    """Normalize a dense channels_last CPU tensor, then optionally add `residual` and apply ReLU.
 
     Args:
         x: (N, C, H, W) or (N, C, T, H, W), contiguous in the channels_last format, not empty.
-        residual: of x's shape and dtype; with `relu` only.
+        residual: of x's shape and dtype; requires `relu`.
         num_groups: G, a divisor of C.
-        weight: (C,) in float32, or float64 if x is.
+        weight: (C,) in float32, or in float64 if x is float64.
         bias: as `weight`.
         eps: added to the variance.
-        relu: whether negative results become 0.
+        relu: whether to apply ReLU.
 
     Returns:
-        The result, in x's dtype and layout, and the statistics (N, G) in weight's dtype: means and
-        reciprocal standard deviations.
+        The result, in x's dtype and layout, and the statistics mean and 1 / sqrt(var + eps), both
+        (N, G) in weight's dtype.
     """
     y, mean, rstd = _normalize(x, num_groups, weight, bias, eps)
     if residual is not None:
@@ -151,11 +154,13 @@ def _normalize(
     num_samples, num_channels = x.shape[:2]
     num_rows, group_size = x.numel() // (num_samples * num_channels), num_channels // num_groups
     sizes = (num_samples, num_channels, num_rows, num_groups)
-    if _is_better_contiguous(x.dtype, num_rows, group_size):
+    if _is_faster_contiguous(x.dtype, num_rows, group_size):
         y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, eps)
         return y.contiguous(memory_format=_layout(x)), mean, rstd
     if x.dtype != weight.dtype:
-        y, mean, rstd = torch.native_group_norm(_with_usual_strides(x), weight, bias, *sizes, eps)
+        y, mean, rstd = torch.native_group_norm(
+            _with_standard_strides(x), weight, bias, *sizes, eps
+        )
         if _are_trusted(mean, rstd):
             return y, mean, rstd
     samples = _rows(x)
@@ -166,7 +171,7 @@ def _normalize(
     )
     unused = (weight.new_empty(0), weight.new_empty(0))
     for n, (rows, out_rows) in enumerate(zip(samples, _rows(y), strict=True)):
-        # Batch norm's inference form, with this sample's statistics.
+        # Batch norm in inference mode, with the statistics of this sample.
         torch.native_batch_norm(
             rows,
             weight,
@@ -193,8 +198,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, residual, weight and bias.
 
-    All tensors as in and from the forward, `y` if it applied ReLU. The gradient of the residual is
-    empty if there was none.
+    Arguments are those and the results of `_forward`; `y` is None if it did not apply ReLU.
+    Without a residual, its gradient is an empty tensor.
     """
     if y is not None:
         grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
@@ -213,7 +218,7 @@ def _gradients_before_relu(
     sizes = (num_samples, num_channels, num_rows, num_groups)
     backward = torch.ops.aten.native_group_norm_backward
     if _torch_backward_suits(x.dtype, num_rows, group_size) and _are_trusted(mean, rstd):
-        x, grad_y = _with_usual_strides(x), _with_usual_strides(grad_y)
+        x, grad_y = _with_standard_strides(x), _with_standard_strides(grad_y)
         return backward(grad_y, x, mean, rstd, weight, *sizes, [True] * 3)
     if num_rows < _FEW_ROWS_BACKWARD:
         grad_x, grad_weight, grad_bias = backward(
@@ -228,7 +233,7 @@ def _gradients_before_relu(
     slab_sums = []
     for n, (rows, grad_rows) in enumerate(zip(samples, grad_samples, strict=True)):
         for slab, grad_slab in zip(_slabs(rows), _slabs(grad_rows), strict=True):
-            # Batch norm's two reductions: over dy * x_normalized, and over dy.
+            # Batch norm's two reductions: sums of dy * x_normalized and of dy.
             _, projection, total = torch.ops.aten.native_batch_norm_backward(
                 grad_slab,
                 slab,
@@ -245,8 +250,8 @@ def _gradients_before_relu(
     sums = torch.stack(slab_sums).double().view(num_samples, -1, 2, num_channels).sum(1)
     grad_weight, grad_bias = (sums[:, i].sum(0).to(compute_dtype) for i in range(2))
 
-    # dx = rstd * (w*dy - mean(w*dy) - x_normalized * mean(w*dy * x_normalized)), means over a
-    # group, is dy * scale + x * slope + offset with one of each per sample and channel.
+    # dx = rstd * (w*dy - mean(w*dy) - x_normalized * mean(w*dy * x_normalized)), with means over a
+    # group, equals dy * scale + x * slope + offset, with one of each per sample and channel.
     averages = (sums * weight.double()).view(num_samples, 2, num_groups, group_size).sum(3)
     averages /= num_rows * group_size
     double_rstd = rstd.double()
@@ -257,22 +262,22 @@ def _gradients_before_relu(
         values.to(compute_dtype).repeat_interleave(group_size, dim=1)
         for values in (group_slope, group_offset)
     )
-    # Low precision is widened slab by slab into scratch that stays in the cache, for operators on
-    # mixed types take twice as long; the sum is rounded once.
-    widens = x.dtype != compute_dtype
-    slab_shape = _slabs(samples[0])[0].shape if widens else (0,)
-    wide, wide_grad = torch.empty(2, *slab_shape, dtype=compute_dtype)
+    # Low precision is upcast slab by slab into buffers that stay in the cache, as operators on
+    # mixed dtypes take twice as long; the result is rounded once.
+    needs_upcast = x.dtype != compute_dtype
+    slab_shape = _slabs(samples[0])[0].shape if needs_upcast else (0,)
+    upcast, upcast_grad = torch.empty(2, *slab_shape, dtype=compute_dtype)
     for n in range(num_samples):
         for slab, grad_slab, out_slab in zip(
             _slabs(samples[n]), _slabs(grad_samples[n]), _slabs(out_samples[n]), strict=True
         ):
-            if not widens:
+            if not needs_upcast:
                 torch.addcmul(offset[n], grad_slab, scale[n], out=out_slab)
                 out_slab.addcmul_(slab, slope[n])
                 continue
-            result = wide_grad[: len(slab)].copy_(grad_slab)
+            result = upcast_grad[: len(slab)].copy_(grad_slab)
             torch.addcmul(offset[n], result, scale[n], out=result)
-            result.addcmul_(wide[: len(slab)].copy_(slab), slope[n])
+            result.addcmul_(upcast[: len(slab)].copy_(slab), slope[n])
             out_slab.copy_(result)
     return grad_x, grad_weight, grad_bias
 
@@ -287,7 +292,7 @@ def _fake_gradients(grad_y, x, y, num_groups, weight, mean, rstd, has_residual):
     return torch.empty_like(x), grad_residual, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     x, residual, num_groups, weight, _, _, relu = inputs
     y, mean, rstd = output
     ctx.num_groups = num_groups
@@ -299,7 +304,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad_y, _grad_mean, _grad_rstd):
     x, weight, mean, rstd, *y = ctx.saved_tensors
-    # An expanded gradient (that of a sum) is not dense; give it the layout of x.
+    # An expanded gradient, as that of a sum, is not dense; copy it to the layout of x.
     grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
     grad_x, grad_residual, grad_weight, grad_bias = group_norm_channels_last_backward(
         grad_y, x, y[0] if y else None, ctx.num_groups, weight, mean, rstd, ctx.has_residual
@@ -310,7 +315,7 @@ def _backward(ctx, grad_y, _grad_mean, _grad_rstd):
 
 
 _NO_SECOND_DERIVATIVE = no_gradient(
-    "group norm of a channels_last CPU tensor has no second derivative; make the input "
+    "group norm of a channels_last CPU tensor does not support second derivatives; make the input "
     ".contiguous() to differentiate twice"
 )
 
@@ -319,7 +324,7 @@ group_norm_channels_last = Operator(
     "i3d_gn::group_norm_channels_last_cpu",
     _forward,
     fake=_fake_forward,
-    setup_context=_keep_for_backward,
+    setup_context=_save_for_backward,
     backward=_backward,
 )
 group_norm_channels_last_backward = Operator(

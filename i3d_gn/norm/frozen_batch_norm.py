@@ -1,4 +1,4 @@
-"""Batch norm whose statistics and affine parameters stay as loaded."""
+"""Batch norm with fixed statistics and affine parameters."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ from i3d_gn.norm.split_batch_norm import check_channels
 
 
 class FrozenBatchNorm(nn.Module):
-    """BN* of [GN] section 4.2: a fixed affine map per channel, (N, C, *) in and out.
+    """BN* of [GN] section 4.2: a fixed affine map per channel of (N, C, *).
 
-    y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, all four of shape (C,) and
-    buffers under batch norm's names, as in detectron2 `layers/batch_norm.py`. A batch norm's state
-    dict loads into it. Training keeps no activation for it: the gradient does not depend on x.
+    y = (x - running_mean) / sqrt(running_var + eps) * weight + bias. All four are buffers of shape
+    (C,) with batch norm's names, as in detectron2 `layers/batch_norm.py`, so that the state dict of
+    a batch norm can be loaded. No activation is saved for backward, as the gradient does not depend
+    on x.
     """
 
     weight: Tensor
@@ -31,7 +32,7 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, *); the computation is in float32 at least, the result in x's dtype.
+        """Map (N, C, *), computed in at least float32 and returned in x's dtype.
 
         Raises:
             ValueError: x has another number of channels.
@@ -43,7 +44,7 @@ class FrozenBatchNorm(nn.Module):
         return torch.addcmul(shift.view(by_channel), x, scale.view(by_channel)).to(x.dtype)
 
     def reset_parameters(self) -> None:
-        """Make it the identity, up to eps."""
+        """Reset to the identity, up to eps."""
         for buffer, value in (
             (self.weight, 1.0),
             (self.bias, 0.0),
@@ -55,10 +56,10 @@ class FrozenBatchNorm(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Batch norm counts its batches; what is frozen does not.
+        # Batch norm counts its batches; a frozen one does not.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the parentheses."""
+        """Options shown by `print`."""
         return f"{self.num_channels}, eps={self.eps}"

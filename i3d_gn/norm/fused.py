@@ -1,8 +1,8 @@
 """Group norm, residual sum and ReLU as one operator on Triton kernels, forward and backward.
 
-Bytes per element in bf16: forward 6 (x read twice, y written), 8 with a residual; backward 10, or
-14 with a residual. Of an activation the forward keeps x, its input, alone; where a residual was
-added also the result, which the next convolution keeps anyway.
+Memory traffic in bytes per element in bf16: forward 6 (x read twice, y written), 8 with a residual;
+backward 10, or 14 with a residual. The only activation that the forward saves is its input x, and
+with a residual also the result, which the next convolution saves anyway.
 """
 
 from functools import cache, lru_cache
@@ -14,31 +14,31 @@ from torch import Tensor
 
 from i3d_gn.norm.operators import Operator, no_gradient
 
-# Elements of the tile that a program works on, its channels at most, and programs per
-# multiprocessor: 16 elements for each of 256 threads, rows of 256 bytes, a few waves.
+# Elements of a program's tile (16 for each of 256 threads), the largest number of channels in it
+# (rows of 256 bytes in bf16), and programs per multiprocessor (a few waves).
 _TILE_ELEMENTS = 4096
 _TILE_CHANNELS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _NUM_WARPS = 8
 _COMBINE_BLOCK = 256
 
-# Of sums over chunks: few channels a program, because few programs would take their time.
+# For sums over chunks: few channels per program, so that there are enough programs.
 _SUM_BLOCK_ENTRIES = 128
 _SUM_BLOCK_CHANNELS = 8
 
 
 class _Tiling(NamedTuple):
-    """How programs share a tensor (N, C, *) out."""
+    """How a tensor (N, C, *) is split among programs."""
 
     num_samples: int
     num_channels: int
-    num_rows: int  # S, positions of a sample
+    num_rows: int  # S, the number of positions of a sample
     channel_stride: int
     row_stride: int
     block_s: int
     block_c: int
     num_chunks: int  # per sample and BLOCK_C channels
-    iterations: int  # tiles of a chunk
+    iterations: int  # tiles per chunk
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -54,11 +54,11 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(x: Tensor) -> _Tiling:
-    return _tiling_of(x.shape, x.is_contiguous(), _wanted_programs(x.device))
+    return _tiling_of(x.shape, x.is_contiguous(), _target_programs(x.device))
 
 
 @lru_cache(maxsize=1024)
-def _tiling_of(shape: torch.Size, is_contiguous: bool, wanted_programs: int) -> _Tiling:
+def _tiling_of(shape: torch.Size, is_contiguous: bool, target_programs: int) -> _Tiling:
     num_samples, num_channels = shape[:2]
     num_rows = shape.numel() // (num_samples * num_channels)
     if is_contiguous and num_rows > 1:
@@ -69,10 +69,10 @@ def _tiling_of(shape: torch.Size, is_contiguous: bool, wanted_programs: int) -> 
         channel_stride, row_stride = 1, num_channels
         block_c = min(_TILE_CHANNELS, _next_power_of_2(num_channels))
         block_s = min(_TILE_ELEMENTS // block_c, _next_power_of_2(num_rows))
-    # Split the rows of a sample until there are programs enough for the device.
+    # Split the rows of a sample until there are enough programs for the device.
     num_tiles = -(-num_rows // block_s)
     columns = num_samples * -(-num_channels // block_c)
-    num_chunks = min(num_tiles, max(1, wanted_programs // columns))
+    num_chunks = min(num_tiles, max(1, target_programs // columns))
     iterations = -(-num_tiles // num_chunks)
     return _Tiling(
         num_samples,
@@ -92,15 +92,15 @@ def _next_power_of_2(n: int) -> int:
 
 
 @cache
-def _wanted_programs(device: torch.device) -> int:
+def _target_programs(device: torch.device) -> int:
     if device.type == "cuda":
         count = torch.cuda.get_device_properties(device).multi_processor_count
         return count * _PROGRAMS_PER_MULTIPROCESSOR
-    return 8  # Triton's interpreter: few, so that tests see chunks of several tiles
+    return 8  # Triton's interpreter: few, so that tests cover chunks of several tiles
 
 
 def _kernels() -> ModuleType:
-    # Not at import: Triton is absent where torch is built for the CPU alone.
+    # Not at import: CPU builds of torch come without Triton.
     from i3d_gn.norm import triton_kernels  # noqa: PLC0415
 
     return triton_kernels
@@ -115,20 +115,20 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise, add `residual` if there is one, apply ReLU on request.
+    """Normalize, then optionally add `residual` and apply ReLU.
 
     Args:
         x: (N, C, *) in float32, bfloat16 or float16, contiguous or dense channels_last, not empty.
-        residual: of x's shape, dtype and strides; with `relu` only.
+        residual: of x's shape, dtype and strides; requires `relu`.
         num_groups: G, a divisor of C.
         weight: (C,) in float32.
         bias: (C,) in float32.
         eps: added to the variance.
-        relu: whether negative results become 0.
+        relu: whether to apply ReLU.
 
     Returns:
-        The result, in x's dtype and layout, and the statistics (2, N, G) in float32: means and
-        reciprocal standard deviations.
+        The result, in x's dtype and layout, and the statistics (2, N, G) in float32: mean and
+        1 / sqrt(var + eps).
     """
     kernels, tiling = _kernels(), _tiling(x)
     group_size = tiling.num_channels // num_groups
@@ -163,10 +163,10 @@ def _forward(
     return _normalize(x, residual, num_groups, weight, bias, mean, rstd, relu), statistics
 
 
-def _again(
+def _recompute(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
 ) -> Tensor:
-    """The result of `group_norm_fused` a second time, bit for bit, from its statistics."""
+    """The result of `group_norm_fused`, bit-identical, from its statistics."""
     mean, rstd = statistics.unbind()
     return _normalize(x, None, num_groups, weight, bias, mean, rstd, relu)
 
@@ -219,15 +219,15 @@ def _gradients(
     Args:
         grad_y: of x's shape, dtype and strides.
         x: as in the forward.
-        y: the forward's result if it had a residual.
-        num_groups: as in the forward, like weight, bias and relu.
-        weight: (C,) in float32.
-        bias: (C,) in float32.
+        y: the result of the forward if it had a residual, else None.
+        num_groups: as in the forward.
+        weight: as in the forward.
+        bias: as in the forward.
         statistics: from the forward.
-        relu: whether the forward applied it.
+        relu: as in the forward.
 
     Returns:
-        The gradients; that of the residual is empty if there was none.
+        The gradients. Without a residual, its gradient is an empty tensor.
     """
     kernels, tiling = _kernels(), _tiling(x)
     group_size = tiling.num_channels // num_groups
@@ -308,7 +308,7 @@ def _fake_forward(x, residual, num_groups, weight, bias, eps, relu):
     return torch.empty_like(x), x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
 
 
-def _fake_again(x, num_groups, weight, bias, statistics, relu):
+def _fake_recompute(x, num_groups, weight, bias, statistics, relu):
     return torch.empty_like(x)
 
 
@@ -317,7 +317,7 @@ def _fake_gradients(grad_y, x, y, num_groups, weight, bias, statistics, relu):
     return torch.empty_like(x), grad_residual, torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     x, residual, num_groups, weight, bias, _, relu = inputs
     y, statistics = output
     ctx.num_groups = num_groups
@@ -330,7 +330,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad_y, _grad_statistics):
     x, weight, bias, statistics, *y = ctx.saved_tensors
-    # The gradient of a sum or a slice is not dense; give it the layout of x.
+    # The gradient of a sum or a slice is not dense; copy it to the layout of x.
     grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
     grad_x, grad_residual, grad_weight, grad_bias = group_norm_fused_backward(
         grad_y, x, y[0] if y else None, ctx.num_groups, weight, bias, statistics, ctx.relu
@@ -345,7 +345,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 _NO_SECOND_DERIVATIVE = no_gradient(
-    "the fused group norm has no second derivative; set the environment variable "
+    "the fused group norm does not support second derivatives; set the environment variable "
     "I3D_GN_NORM_KERNEL=native to differentiate twice"
 )
 
@@ -354,13 +354,13 @@ group_norm_fused = Operator(
     "i3d_gn::group_norm_fused",
     _forward,
     fake=_fake_forward,
-    setup_context=_keep_for_backward,
+    setup_context=_save_for_backward,
     backward=_backward,
 )
-group_norm_fused_again = Operator(
-    "i3d_gn::group_norm_fused_again",
-    _again,
-    fake=_fake_again,
+group_norm_fused_recompute = Operator(
+    "i3d_gn::group_norm_fused_recompute",
+    _recompute,
+    fake=_fake_recompute,
     **_NO_SECOND_DERIVATIVE,
 )
 group_norm_fused_backward = Operator(

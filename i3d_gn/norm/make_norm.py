@@ -1,4 +1,4 @@
-"""Normalisation layers by the names the field uses."""
+"""Normalization layers by the names that are common in the field."""
 
 from typing import Literal, get_args
 
@@ -28,47 +28,47 @@ def make_norm(
     d_max: float | None = None,
     schedule: tuple[int, int, int] | None = None,
 ) -> nn.Module:
-    """Make the normalisation layer `name` for tensors (N, C, *).
+    """Make the normalization layer `name` for tensors (N, C, *).
 
     Args:
-        name: `gn` group norm; `bn` batch norm; `sync_bn` batch norm over all processes;
-            `frozen_bn` batch norm as a fixed affine map; `ln` layer norm, one group of all
-            channels; `in` instance norm, one group per channel, without running statistics; `brn`
-            Batch Renormalization; `none` the identity. All but the last have a weight and a bias
-            per channel.
+        name: `gn` group norm; `bn` batch norm; `sync_bn` batch norm over all ranks; `frozen_bn`
+            batch norm as a fixed affine map; `ln` layer norm, one group of all channels; `in`
+            instance norm, one group per channel, without running statistics; `brn` Batch
+            Renormalization; `none` the identity. All but `none` have a weight and a bias per
+            channel.
         num_channels: C.
-        num_groups: for `gn`; 32 if neither it nor `channels_per_group` is given.
-        channels_per_group: for `gn`, in place of `num_groups` ([GN] Table 3).
+        num_groups: for `gn`; 32 if neither this nor `channels_per_group` is given.
+        channels_per_group: for `gn`, instead of `num_groups` ([GN] Table 3).
         eps: added to the variance.
-        spatial_dims: 3 for video (N, C, T, H, W), 2 for images (N, C, H, W). It matters to `bn`
-            alone; the others take any number of dimensions.
-        stats_batch_size: for `bn` and `brn`: statistics see n samples of a batch at a time, as n
-            samples on each of several workers would (`SplitBatchNorm`).
-        r_max: for `brn`, see `BatchRenorm`. Limits without a schedule hold from the start; if none
-            of the three is given, they are Ioffe's.
-        d_max: likewise.
-        schedule: likewise.
+        spatial_dims: 3 for video (N, C, T, H, W), 2 for images (N, C, H, W). Matters for `bn` only;
+            the other layers take any number of dimensions.
+        stats_batch_size: for `bn` and `brn`: compute statistics over this many samples at a time,
+            as if each group of samples were on a worker of its own (`SplitBatchNorm`).
+        r_max: for `brn`, see `BatchRenorm`. Limits without a schedule apply from the start; if
+            none of the three is given, the defaults of `BatchRenorm` apply.
+        d_max: see `r_max`.
+        schedule: see `r_max`.
 
     Raises:
-        ValueError: an unknown name, a number of channels that does not split into the groups asked
-            for, both ways of choosing groups at once, or an option for a layer that has none.
+        ValueError: `name` is unknown, the channels do not split into the requested groups, both
+            `num_groups` and `channels_per_group` are given, or an option does not apply to `name`.
     """
     if name not in get_args(NormName):
         raise ValueError(f"norm {name!r} is unknown; choose one of {', '.join(get_args(NormName))}")
     if name != "gn" and (num_groups is not None or channels_per_group is not None):
         raise ValueError(
             f"num_groups={num_groups}, channels_per_group={channels_per_group} are for norm 'gn'; "
-            f"leave them out for {name!r}"
+            f"do not set them for {name!r}"
         )
     if name not in ("bn", "brn") and stats_batch_size is not None:
         raise ValueError(
-            f"stats_batch_size={stats_batch_size} is for norms 'bn' and 'brn'; leave it out for "
+            f"stats_batch_size={stats_batch_size} is for norms 'bn' and 'brn'; do not set it for "
             f"{name!r}"
         )
     if name != "brn" and not r_max is d_max is schedule is None:
         raise ValueError(
-            f"r_max={r_max}, d_max={d_max}, schedule={schedule} are for norm 'brn'; leave them "
-            f"out for {name!r}"
+            f"r_max={r_max}, d_max={d_max}, schedule={schedule} are for norm 'brn'; do not set "
+            f"them for {name!r}"
         )
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims={spatial_dims}; choose 3 for video or 2 for images")

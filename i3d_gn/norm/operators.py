@@ -1,7 +1,7 @@
-"""Operators that tracers know of, at the price of a Python function where none is at work.
+"""Custom operators that skip `torch.library` when nothing is tracing.
 
-`torch.library` lets `torch.compile` and other tracers see an operator as a whole, but adds more to
-a call than the kernels of a small layer take: a network of 53 such layers then waits for Python.
+`torch.library` makes an operator opaque to `torch.compile` and other tracers, but its overhead per
+call exceeds the kernel time of a small layer: a network of 53 such layers is then bound by Python.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Operator:
-    """A function of tensors and its gradient: an operator to tracers, called directly otherwise.
+    """A differentiable function: a custom operator under tracing, called directly otherwise.
 
     Args:
         name: `namespace::name` in `torch.ops`.
-        forward: annotated with types that operators have; modifies no argument, returns no view
-            of one; the first argument is a tensor.
-        fake: makes results of the right shapes without computing them.
-        setup_context: as `torch.autograd.Function` has it.
-        backward: likewise.
+        forward: annotated with types that `torch.library` supports. It must not modify its
+            arguments nor return views of them. Its first argument is a tensor.
+        fake: returns empty results of the right shapes, dtypes and strides.
+        setup_context: as for `torch.autograd.Function`.
+        backward: as for `torch.autograd.Function`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Operator:
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
-                # Not by Function's own `setup_context`, which binds a signature at every call.
+                # `Function.setup_context` would bind a signature at every call.
                 output = forward(*inputs)
                 setup_context(ctx, inputs, output)
                 return output
@@ -52,7 +52,7 @@ class Operator:
         self._direct = Direct
 
     def __call__(self, *arguments: Any) -> Any:
-        """Compute the result of `forward`, differentiable."""
+        """Compute `forward`, differentiably."""
         if _is_traced(arguments[0]):
             return self._registered(*arguments)
         if not torch.is_grad_enabled():
@@ -61,19 +61,19 @@ class Operator:
 
 
 def no_gradient(message: str) -> dict[str, Callable[..., Any]]:
-    """`setup_context` and `backward` of an operator whose gradient is a RuntimeError."""
+    """`setup_context` and `backward` of an operator whose backward raises a RuntimeError."""
 
-    def keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
-    def fail(ctx: Any, *gradients: Any) -> None:
+    def backward(ctx: Any, *gradients: Any) -> None:
         raise RuntimeError(message)
 
-    return {"setup_context": keep_nothing, "backward": fail}
+    return {"setup_context": setup_context, "backward": backward}
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether somebody records operators on `x`, or it is no tensor with memory of its own."""
+    """Whether operators on `x` are being traced, or `x` is not a plain tensor with data."""
     return (
         torch.compiler.is_compiling()
         or x.is_meta

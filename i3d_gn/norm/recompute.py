@@ -1,8 +1,8 @@
-"""Activations that backward computes again in place of keeping them.
+"""Activations that backward recomputes instead of saving them.
 
-`torch.utils.checkpoint` drops everything inside a region and runs the region again, statistics
-included. Here single tensors are replaced, where autograd would keep them, by a function that
-computes them from others which are kept in any case.
+`torch.utils.checkpoint` drops everything inside a region and runs the whole region again,
+statistics included. Here autograd saves single tensors as a function that recomputes them from
+other tensors, which are saved in any case.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Recomputation:
-    """Computes a tensor again, for each `num_uses` calls once.
+    """Recomputes a tensor, once for every `num_uses` calls.
 
     Args:
-        compute: takes nothing, gives the tensor; runs without autograd.
-        num_uses: how many operators need the tensor in one backward; it is held between the first
-            and the last of them.
+        compute: returns the tensor; runs without autograd.
+        num_uses: how many operators need the tensor in one backward pass. The tensor is held from
+            the first of these calls to the last.
     """
 
     def __init__(self, compute: Callable[[], Tensor], *, num_uses: int = 1) -> None:
@@ -28,7 +28,7 @@ class Recomputation:
         self._value: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         if self._value is None:
             with torch.no_grad():
                 self._value = self._compute()
@@ -41,22 +41,23 @@ class Recomputation:
 
 
 @contextmanager
-def kept_as(tensor: Tensor, recomputation: Callable[[], Tensor]) -> Iterator[None]:
-    """Operators called inside keep `recomputation` for backward where they would keep `tensor`."""
-    # Autograd keeps the hooks, so they must not hold the tensor.
-    memory = _memory(tensor)
+def saved_as(tensor: Tensor, recompute: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside this context, operators save `recompute` for backward in place of `tensor`."""
+    # Autograd keeps the hooks alive, so they must not reference the tensor.
+    key = _memory_key(tensor)
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return recomputation if _memory(saved) == memory else saved
+        return recompute if _memory_key(saved) == key else saved
 
-    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    # What Tensor.is_set_to compares; that does not know the meta device.
+def _unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed()
+
+
+def _memory_key(tensor: Tensor) -> tuple[object, ...]:
+    # What Tensor.is_set_to compares; that method does not support the meta device.
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -1,4 +1,4 @@
-"""Batch norm of many workers on one device: statistics over n samples, whatever the batch."""
+"""Batch norm of several workers simulated on one device: statistics over n samples at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SplitBatchNorm(_BatchNorm):
-    """Batch norm whose statistics see `stats_batch_size` samples of (k * n, C, *) at a time.
+    """Batch norm with statistics over `stats_batch_size` samples of (k * n, C, *) at a time.
 
     In training, one device with a batch of k * n samples computes what k workers with n samples
-    each compute, sample i belonging to worker i // n. Running statistics are those of worker 0, as
-    data-parallel training keeps them. So the batch-size experiments of [GN] (Tables 2 and 8, Figs.
-    1, 5 and 7) run on one device. In evaluation it is batch norm; state dicts exchange.
+    each would compute, where sample i belongs to worker i // n. Running statistics are those of
+    worker 0, as in data-parallel training. The batch-size experiments of [GN] (Tables 2 and 8,
+    Figs. 1, 5 and 7) thus run on one device. In evaluation it is batch norm; state dicts are
+    interchangeable.
 
     Args:
         num_features: C.
@@ -21,7 +22,7 @@ class SplitBatchNorm(_BatchNorm):
         momentum: weight of a batch in the running statistics.
 
     Raises:
-        ValueError: n below 1; in training, a batch that is no multiple of n.
+        ValueError: n is less than 1; in training, the batch is not a multiple of n.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class SplitBatchNorm(_BatchNorm):
         self.stats_batch_size = stats_batch_size
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (k * n, C, *)."""
+        """Normalize (k * n, C, *)."""
         if not self.training:
             return super().forward(input)
         check_splits(input, self.stats_batch_size)
@@ -60,12 +61,12 @@ class SplitBatchNorm(_BatchNorm):
         check_channels(input, self.num_features)
 
     def extra_repr(self) -> str:
-        """What `print` shows between the parentheses."""
+        """Options shown by `print`."""
         return f"{super().extra_repr()}, stats_batch_size={self.stats_batch_size}"
 
 
 def check_channels(input: Tensor, num_features: int) -> None:
-    """Raise a ValueError unless the input is (N, C, *)."""
+    """Raise a ValueError unless the input has shape (N, C, *) with C = num_features."""
     if input.dim() < 2 or input.shape[1] != num_features:
         raise ValueError(
             f"input has shape {tuple(input.shape)}; this layer takes (N, C, *) with "
@@ -74,15 +75,15 @@ def check_channels(input: Tensor, num_features: int) -> None:
 
 
 def check_stats_batch_size(stats_batch_size: int) -> None:
-    """Raise a ValueError unless it is a number of samples."""
+    """Raise a ValueError unless it is positive."""
     if stats_batch_size < 1:
         raise ValueError(f"stats_batch_size={stats_batch_size}; it must be at least 1")
 
 
 def check_splits(input: Tensor, stats_batch_size: int) -> None:
-    """Raise a ValueError unless the batch is whole numbers of workers."""
+    """Raise a ValueError unless the batch splits into equal parts of `stats_batch_size`."""
     if len(input) % stats_batch_size:
         raise ValueError(
-            f"a batch of {len(input)} samples does not split into statistics of "
-            f"stats_batch_size={stats_batch_size}; make the batch a multiple of it"
+            f"a batch of {len(input)} samples is not a multiple of "
+            f"stats_batch_size={stats_batch_size}; change one of them"
         )

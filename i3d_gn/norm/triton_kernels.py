@@ -1,17 +1,17 @@
 """Triton kernels of group norm; `i3d_gn.norm.fused` launches them.
 
-A sample is a matrix of S = T*H*W rows and C channels at the strides of its layout, so contiguous
-and channels_last tensors run through the same code. A program owns BLOCK_C channels and a chunk of
-`iterations * BLOCK_S` rows of one sample, and walks down the chunk one tile [BLOCK_S, BLOCK_C] at a
-time. What it adds up stays per channel; only the two `combine` kernels, which read a few numbers
-per channel and chunk, know what a group is. Hence any group size, without padding.
+A sample is a matrix of S = T*H*W rows and C channels with the strides of its layout, so that the
+same code handles contiguous and channels_last tensors. A program processes BLOCK_C channels and a
+chunk of `iterations * BLOCK_S` rows of one sample, one tile [BLOCK_S, BLOCK_C] at a time. Its sums
+are per channel. Only the two `combine` kernels, which read a few numbers per channel and chunk,
+work with groups; any group size is possible, without padding.
 
-Row numbers are 64-bit and so is every index made of them: tensors may exceed 2^31 elements.
-Everything is computed in float32, the combination of partial results in float64.
+Row numbers and all indices computed from them are 64-bit: tensors may exceed 2^31 elements.
+Everything is computed in float32, except that partial results are combined in float64.
 """
 
-# ruff: noqa: N803 (constants of a kernel are written in capitals)
-# The type checker takes a kernel's pointers and scalars for plain Python values.
+# ruff: noqa: N803 (constants of a kernel are in upper case)
+# The type checker treats pointers and scalars of a kernel as plain Python values.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 
@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def _locate(program, num_channels, num_chunks, BLOCK_C: tl.constexpr):
-    """The sample, channels and chunk of a program; chunks of one sample are neighbours."""
+    """The sample, channels and chunk of a program; chunks of one sample are consecutive."""
     num_tiles = tl.cdiv(num_channels, BLOCK_C)
     chunk = (program % num_chunks).to(tl.int64)
     tile = (program // num_chunks) % num_tiles
@@ -33,7 +33,7 @@ def _locate(program, num_channels, num_chunks, BLOCK_C: tl.constexpr):
 def partial_statistics(
     x_ptr,
     partial_mean_ptr,  # (N, chunks, C)
-    partial_m2_ptr,  # (N, chunks, C), sums of squared deviations from partial_mean
+    partial_m2_ptr,  # (N, chunks, C), sums of (x - partial_mean)^2
     num_channels,
     num_rows,
     channel_stride,
@@ -43,7 +43,7 @@ def partial_statistics(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Welford's mean and M2 per channel of a chunk, in every element of the tile, then joined."""
+    """Mean and M2 per channel of a chunk: Welford's in every element of the tile, then combined."""
     sample, channel, chunk = _locate(tl.program_id(0), num_channels, num_chunks, BLOCK_C)
     row = tl.arange(0, BLOCK_S)
     first_row = chunk * iterations * BLOCK_S
@@ -62,8 +62,8 @@ def partial_statistics(
         m2 += delta * (x - mean)
         x_ptr += BLOCK_S * row_stride
 
-    # Join the tile's rows. The second sum mends the rounding of the first, which is large against
-    # the deviations where these are small against the mean.
+    # Combine the rows of the tile. The second sum corrects the rounding error of the first, which
+    # exceeds the std if that is small relative to the mean.
     count = tl.maximum((chunk_rows - row + BLOCK_S - 1) // BLOCK_S, 0).to(tl.float32)[:, None]
     share = count / chunk_rows.to(tl.float32)
     rough_mean = tl.sum(mean * share, axis=0)
@@ -91,7 +91,7 @@ def combine_statistics(
     eps,
     BLOCK: tl.constexpr,
 ):
-    """A group's mean and reciprocal standard deviation (Chan et al. 1979), one program a group."""
+    """Mean and 1 / sqrt(var + eps) of a group (Chan et al. 1979), one program per group."""
     sample = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups
     first_entry = sample * num_chunks * num_channels + group * group_size
@@ -129,7 +129,7 @@ def combine_statistics(
 @triton.jit
 def normalize(
     x_ptr,
-    residual_ptr,  # as x, read if RESIDUAL
+    residual_ptr,  # like x, read if RESIDUAL
     y_ptr,
     mean_ptr,  # (N, G)
     rstd_ptr,  # (N, G)
@@ -148,8 +148,8 @@ def normalize(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Result y = (x - mean) * rstd * weight + bias, then + residual, then ReLU."""
-    # The last samples first: they were read last, so they may still be in the L2 cache.
+    """Compute y = (x - mean) * rstd * weight + bias, then + residual, then ReLU."""
+    # Last samples first: they were read last and may still be in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, channel, chunk = _locate(program, num_channels, num_chunks, BLOCK_C)
     row = tl.arange(0, BLOCK_S)
@@ -186,7 +186,7 @@ def normalize(
 def partial_gradient_sums(
     grad_y_ptr,
     x_ptr,
-    y_ptr,  # the forward's result, read if RESIDUAL
+    y_ptr,  # result of the forward, read if RESIDUAL
     grad_residual_ptr,  # written if RESIDUAL
     mean_ptr,
     rstd_ptr,
@@ -207,10 +207,10 @@ def partial_gradient_sums(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The two sums that all gradients need; `grad` is the gradient before the ReLU.
+    """The two sums that all gradients need; `grad` is the gradient of the ReLU's input.
 
-    Where the result is at hand (RESIDUAL: the next convolution keeps it anyway) its sign is the
-    ReLU's mask, otherwise the mask is recomputed from x.
+    With RESIDUAL, the sign of the result is the ReLU's mask (the next convolution saves the result
+    anyway). Without, the mask is recomputed from x.
     """
     sample, channel, chunk = _locate(tl.program_id(0), num_channels, num_chunks, BLOCK_C)
     row = tl.arange(0, BLOCK_S)
@@ -235,7 +235,7 @@ def partial_gradient_sums(
     for i in range(iterations):
         inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
         grad = tl.load(grad_y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        centred = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        centered = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         if RESIDUAL:
             y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             grad = tl.where(y <= 0.0, 0.0, grad)
@@ -244,8 +244,8 @@ def partial_gradient_sums(
             y_ptr += BLOCK_S * row_stride
             grad_residual_ptr += BLOCK_S * row_stride
         elif RELU:
-            grad = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
-        projection += grad * centred
+            grad = tl.where(centered * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        projection += grad * centered
         total += grad
         grad_y_ptr += BLOCK_S * row_stride
         x_ptr += BLOCK_S * row_stride
@@ -275,7 +275,7 @@ def combine_gradient_sums(
     SUM_BLOCK_E: tl.constexpr,
     SUM_BLOCK_C: tl.constexpr,
 ):
-    """Two averages per group, one program a group; then two sums per channel, SUM_BLOCK_C each."""
+    """Two means per group, one program per group; two sums for SUM_BLOCK_C channels per program."""
     program = tl.program_id(0)
     if program < num_samples * num_groups:
         sample = (program // num_groups).to(tl.int64)
@@ -342,7 +342,7 @@ def _sum_over_entries(
 
 @triton.jit
 def input_gradient(
-    grad_ptr,  # the gradient before the ReLU if RESIDUAL, after it otherwise
+    grad_ptr,  # gradient of the ReLU's input if RESIDUAL, otherwise of its output
     x_ptr,
     grad_x_ptr,
     mean_ptr,
@@ -364,7 +364,7 @@ def input_gradient(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Result grad_x = rstd * (weight * grad - level - x_normalized * slope)."""
+    """Compute grad_x = rstd * (weight * grad - level - x_normalized * slope)."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # as in `normalize`
     sample, channel, chunk = _locate(program, num_channels, num_chunks, BLOCK_C)
     row = tl.arange(0, BLOCK_S)
@@ -387,10 +387,10 @@ def input_gradient(
     for i in range(iterations):
         inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
         grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        centred = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        centered = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         if RELU and not RESIDUAL:
-            grad = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
-        grad_x = grad * scale[None, :] - level[None, :] - centred * slope[None, :]
+            grad = tl.where(centered * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        grad_x = grad * scale[None, :] - level[None, :] - centered * slope[None, :]
         tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         grad_ptr += BLOCK_S * row_stride
         x_ptr += BLOCK_S * row_stride

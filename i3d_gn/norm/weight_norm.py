@@ -1,4 +1,4 @@
-"""Normalise the kernels of convolutions in place of, or beside, their results."""
+"""Normalization of convolution kernels, instead of or in addition to normalizing activations."""
 
 from typing import Literal, get_args
 
@@ -11,9 +11,9 @@ KernelNorm = Literal["weight_norm", "weight_standardization"]
 
 
 class WeightStandardization(nn.Module):
-    """Weight standardisation (Qiao et al., arXiv:1903.10520): zero mean, unit deviation.
+    """Weight standardization (Qiao et al., arXiv:1903.10520): zero mean, unit std.
 
-    Over all but the first dimension of a kernel (O, I, *), in float32 at least.
+    Over all but the first dimension of a kernel (O, I, *), computed in at least float32.
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
@@ -21,23 +21,23 @@ class WeightStandardization(nn.Module):
         self.eps = eps
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The standardised kernel, in the dtype of the given one."""
+        """Standardize a kernel; the result has its dtype."""
         axes = list(range(1, weight.dim()))
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, dim=axes, correction=0, keepdim=True)
-        return ((wide - mean) * torch.rsqrt(variance + self.eps)).to(weight.dtype)
+        upcast = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        variance, mean = torch.var_mean(upcast, dim=axes, correction=0, keepdim=True)
+        return ((upcast - mean) * torch.rsqrt(variance + self.eps)).to(weight.dtype)
 
 
 def normalize_kernels(model: nn.Module, kind: str) -> None:
-    """Reparametrise every convolution of a model, in place.
+    """Reparametrize every convolution of a model, in place.
 
     Args:
-        model: any network; its kernels become those of `torch.nn.utils.parametrize`.
-        kind: `weight_norm` (Salimans & Kingma, arXiv:1602.07868), a learned length per output
-            channel that starts as it is, or `weight_standardization`.
+        model: any network; its kernels are parametrized by `torch.nn.utils.parametrize`.
+        kind: `weight_norm` (Salimans & Kingma, arXiv:1602.07868), a learned norm per output
+            channel that starts at the current one, or `weight_standardization`.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: `kind` is unknown.
     """
     if kind not in get_args(KernelNorm):
         raise ValueError(f"kernel norm {kind!r} is unknown; choose one of {get_args(KernelNorm)}")

@@ -8,8 +8,8 @@ from i3d_gn.models.conv3d import Conv3d, convolve3d
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
-# C_in, C_out, kernel, stride, (T, H, W). The last four are shapes in which torch 2.14 or 2.15 is
-# wrong on some CPU when it convolves them in 3-D: in the weight gradient, the last in its result.
+# C_in, C_out, kernel, stride, (T, H, W). For the last four, 3-D convolutions of torch 2.14 or 2.15
+# are wrong on some CPUs, in the weight gradient or, for the last one, in the result.
 CASES = [
     (3, 16, (5, 7, 7), (2, 2, 2), (9, 20, 18)),
     (16, 32, (1, 1, 1), (1, 1, 1), (3, 5, 4)),
@@ -46,11 +46,12 @@ def test_bf16_equals_the_3d_convolution_in_fp32(case, layout):
     for low, exact in zip(*results, strict=True):
         assert low.dtype == torch.bfloat16
         assert low.shape == exact.shape
-        # Rounding to bfloat16 alone is off by 0.0017 of the norm.
-        assert (low.float() - exact).norm() < 0.004 * exact.norm()
+        # Rounding to bfloat16 alone changes it by 0.0017 of its norm. On CPUs without bfloat16
+        # instructions, torch sums the weight gradients of images in bfloat16: 0.005.
+        assert (low.float() - exact).norm() < 0.01 * exact.norm()
 
 
-def test_autocast_convolves_as_bf16_does_and_fp32_as_torch_does():
+def test_autocast_equals_bf16_and_fp32_equals_torch():
     torch.manual_seed(0)
     conv = Conv3d(8, 16, (3, 1, 1), (1, 1, 1), (1, 0, 0), bias=False)
     x = torch.randn(2, 8, 3, 4, 5)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from i3d_gn.models import i3d_resnet50, i3d_resnet101, i3d_tiny
 from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
 
-# DESIGN section 2: the layer table of the long stem at 32 x 224 x 224.
+# Shapes (C, T, H, W) of [NL] `resnet_video_org` for clips of 32 x 224 x 224.
 LAYER_TABLE = {
     "conv1": (64, 16, 112, 112),
     "pool1": (64, 8, 55, 55),
@@ -39,10 +39,10 @@ def output_shapes(model, num_frames, height, width):
 
 
 def features_of(model, clips):
-    kept = []
-    with model.res5.register_forward_hook(lambda _m, _i, y: kept.append(y)):
+    outputs = []
+    with model.res5.register_forward_hook(lambda _m, _i, y: outputs.append(y)):
         model(clips)
-    return kept[0]
+    return outputs[0]
 
 
 @pytest.mark.parametrize("norm", ["gn", "bn"])
@@ -85,15 +85,15 @@ def test_temporal_kernels():
             for stage in (model.res2, model.res3, model.res4, model.res5)
         ]
 
-    long = on_meta(i3d_resnet50)
-    assert long.conv1.kernel_size == (5, 7, 7)
-    assert kernels(long) == [[3, 3, 3], [3, 1, 3, 1], [3, 1, 3, 1, 3, 1], [1, 3, 1]]
+    inflated = on_meta(i3d_resnet50)
+    assert inflated.conv1.kernel_size == (5, 7, 7)
+    assert kernels(inflated) == [[3, 3, 3], [3, 1, 3, 1], [3, 1, 3, 1, 3, 1], [1, 3, 1]]
     deep = kernels(on_meta(i3d_resnet101))
     assert [len(stage) for stage in deep] == [3, 4, 23, 3]
     assert deep[2] == [3, 1] * 11 + [3]
-    flat = on_meta(i3d_resnet50, inflate=False)
-    assert all(m.kernel_size[0] == 1 for m in flat.modules() if isinstance(m, nn.Conv3d))
-    assert (flat.pool1.kernel_size, flat.pool2.kernel_size) == ((2, 3, 3), (2, 1, 1))
+    c2d = on_meta(i3d_resnet50, inflate=False)
+    assert all(m.kernel_size[0] == 1 for m in c2d.modules() if isinstance(m, nn.Conv3d))
+    assert (c2d.pool1.kernel_size, c2d.pool2.kernel_size) == ((2, 3, 3), (2, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_temporal_kernels():
         ({"inflate": False}, {"conv1": (64, 8, 112, 112), "res5": (2048, 2, 7, 7)}),
     ],
 )
-def test_shapes_of_the_options(options, expected):
+def test_shapes_by_option(options, expected):
     num_frames = 8 if options.get("stem") == "8x8" else 16
     shapes = output_shapes(on_meta(i3d_resnet50, **options), num_frames, 224, 224)
     assert shapes | expected == shapes
@@ -122,14 +122,14 @@ def test_stride_placement():
 @pytest.mark.parametrize(
     "size", [(32, 64, 64), (16, 56, 56), (17, 61, 83), (33, 40, 97), (7, 33, 32)]
 )
-def test_feature_size_is_the_size_of_the_features(options, size):
+def test_feature_size_equals_the_size_of_the_features(options, size):
     model = on_meta(i3d_tiny, **options)
     shapes = output_shapes(model, *size)
     assert model.feature_size(*size) == shapes["res5"][1:]
 
 
 @pytest.mark.parametrize("options", [{}, {"stem": "8x8"}])
-def test_too_small_clips(options):
+def test_clips_that_are_too_small(options):
     model = on_meta(i3d_tiny, **options)
     with pytest.raises(ValueError, match="too small") as error:
         model.feature_size(1, 1, 1)
@@ -143,7 +143,7 @@ def test_too_small_clips(options):
                 model(torch.empty(1, 3, *smaller, device="meta"))
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = i3d_resnet50(num_classes=400)
     for name, parameter in model.named_parameters():
@@ -160,11 +160,11 @@ def test_initialisation():
     assert model.head.dropout.p == 0.5
     ones = i3d_tiny(zero_init_last_norm=False)
     assert all(torch.equal(b.norm3.weight, torch.ones(64)) for b in ones.res2)
-    # A frozen gamma of zero could never leave it.
+    # A frozen gamma of 0 could never change.
     assert i3d_tiny("frozen_bn").res2[0].norm3.weight.min() == 1
 
 
-def test_norm_by_name_and_by_function():
+def test_norm_by_name_or_function():
     assert i3d_tiny("gn").norm1.num_groups == 8
     assert i3d_tiny("ln").norm1.num_groups == 1
     model = on_meta(i3d_resnet50, partial(make_norm, "gn", channels_per_group=16))
@@ -181,7 +181,7 @@ def test_norm_by_name_and_by_function():
 
 @pytest.mark.parametrize("size", [(32, 64, 64), (16, 56, 56)])
 @pytest.mark.parametrize("norm", ["gn", "bn", "ln"])
-def test_tiny_trains(size, norm):
+def test_i3d_tiny_overfits(size, norm):
     torch.manual_seed(0)
     model = i3d_tiny(norm, num_classes=3, dropout=0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -196,7 +196,7 @@ def test_tiny_trains(size, norm):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_window_of_the_training_size_equals_the_plain_form():
+def test_window_as_large_as_the_map_equals_no_window():
     torch.manual_seed(0)
     model = i3d_tiny(num_classes=5).eval()
     clips = torch.randn(2, 3, 16, 70, 90)
@@ -207,7 +207,7 @@ def test_window_of_the_training_size_equals_the_plain_form():
 
 
 @pytest.mark.parametrize("num_frames", [16, 32, 40])
-def test_window_equals_brute_force_pooling(num_frames):
+def test_window_equals_pooling_each_position(num_frames):
     torch.manual_seed(0)
     model = i3d_tiny(num_classes=5).eval()
     clips = torch.randn(2, 3, num_frames, 100, 140)
@@ -221,22 +221,21 @@ def test_window_equals_brute_force_pooling(num_frames):
             torch.testing.assert_close(local[:, :, 0, row, column], model.head.linear(pooled))
 
 
-def test_interior_local_logits_equal_those_of_a_crop():
-    """A local logit sees its receptive field alone, when normalisation is per position."""
+def test_interior_local_logits_are_translation_equivariant():
+    """A local logit depends only on its receptive field if the norm acts on each position."""
     torch.manual_seed(0)
     model = i3d_tiny("frozen_bn", num_classes=5, inflate=False).eval()
-    # Stride 32 in space: receptive field of one res5 position, from the 2-D ResNet arithmetic.
     clips = torch.zeros(1, 3, 16, 352, 352)
     clips[..., 128:224, 128:224] = torch.randn(1, 3, 16, 96, 96)
     shifted = torch.zeros_like(clips)
     shifted[..., 96:192, 128:224] = clips[..., 128:224, 128:224]
     local, moved = model(clips, window=(1, 1)), model(shifted, window=(1, 1))
-    # Away from the borders, moving the picture by one stride moves the logits by one position.
+    # Away from the borders, shifting the clip by the stride of 32 shifts the logits by one.
     torch.testing.assert_close(local[..., 4:8, 3:8], moved[..., 3:7, 3:8])
     assert (local[..., 4:8, 3:8] - local[..., 3:7, 3:8]).abs().max() > 1e-3
 
 
-def test_wrong_clips():
+def test_wrong_clips_are_an_error():
     model = i3d_tiny(num_classes=5).eval()
     with pytest.raises(ValueError, match=r"\(2, 1, 16, 56, 56\)"):
         model(torch.randn(2, 1, 16, 56, 56))
@@ -263,7 +262,7 @@ def test_wrong_clips():
         ({"checkpoint_stages": ("res1",)}, "'res1' is unknown.*res5"),
     ],
 )
-def test_wrong_options(options, message):
+def test_wrong_options_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         i3d_tiny(**options)
 
@@ -277,7 +276,7 @@ def train_step(model, clips, labels):
 
 @pytest.mark.parametrize("norm", ["gn", "bn", "frozen_bn"])
 @pytest.mark.parametrize("stages", [("res2",), ("res2", "res3", "res4", "res5")])
-def test_checkpointing_is_bit_equal(norm, stages):
+def test_checkpointing_is_bit_identical(norm, stages):
     torch.manual_seed(0)
     plain = i3d_tiny(norm, num_classes=3)
     recomputing = i3d_tiny(norm, num_classes=3, checkpoint_stages=stages)
@@ -288,7 +287,7 @@ def test_checkpointing_is_bit_equal(norm, stages):
         other_loss, other_grads = train_step(recomputing, clips, labels)
         assert torch.equal(loss, other_loss)
         assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
-    # Running statistics and batch counts too: recomputation must not update them again.
+    # Recomputation must not update running statistics and batch counts again.
     state, other_state = plain.state_dict(), recomputing.state_dict()
     assert all(torch.equal(state[key], other_state[key]) for key in state)
     if norm == "bn":
@@ -297,11 +296,11 @@ def test_checkpointing_is_bit_equal(norm, stages):
 
 
 @pytest.mark.slow
-# Dynamo looks at what it resumes with after a graph break, which checkpoints of batch norm are.
+# Dynamo reads .grad when it resumes after a graph break, which checkpoints of batch norm cause.
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("norm", ["gn", "bn"])
 @pytest.mark.parametrize("stages", [(), ("res2", "res4")])
-def test_compiled_steps_are_those_of_eager(norm, stages):
+def test_compiled_step_equals_eager(norm, stages):
     """Traced, differentiated and run as a graph; no code is generated."""
     torch.manual_seed(0)
     eager = i3d_tiny(norm, num_classes=3, checkpoint_stages=stages, zero_init_last_norm=False)
@@ -315,24 +314,24 @@ def test_compiled_steps_are_those_of_eager(norm, stages):
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
 
 
-def test_checkpointing_keeps_fewer_activations():
-    def kept_bytes(model):
-        kept = 0
+def test_checkpointing_saves_fewer_activations():
+    def saved_bytes(model):
+        saved = 0
 
         def pack(tensor):
-            nonlocal kept
-            kept += tensor.numel() * tensor.element_size()
+            nonlocal saved
+            saved += tensor.numel() * tensor.element_size()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(torch.randn(1, 3, 16, 56, 56))
-        return kept
+        return saved
 
     names = ("res2", "res3", "res4", "res5")
-    assert kept_bytes(i3d_tiny(checkpoint_stages=names)) < 0.6 * kept_bytes(i3d_tiny())
+    assert saved_bytes(i3d_tiny(checkpoint_stages=names)) < 0.6 * saved_bytes(i3d_tiny())
 
 
-def test_channels_last_bf16_and_copies():
+def test_channels_last_autocast_and_deepcopy():
     torch.manual_seed(0)
     model = i3d_tiny(num_classes=5).eval()
     nn.init.normal_(model.head.linear.weight)

@@ -4,22 +4,24 @@ import torch
 from torch import nn
 
 from i3d_gn.engine.optim import build_sgd
+from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import BatchRenorm, make_norm
 
 
 def algorithm_1(x, mu, sigma, gamma, beta, *, r_max, d_max, momentum, eps):
-    """arXiv:1702.03275, Algorithm 1, in float64: the output and the new averages."""
+    """arXiv:1702.03275, Algorithm 1, in float64: the output and the updated averages."""
     axes = (0, *range(2, x.ndim))
 
-    def wide(v):
+    def by_channel(v):
         return v.reshape(1, -1, *(1,) * (x.ndim - 2))
 
     mean = x.mean(axes)
-    std = np.sqrt(eps + ((x - wide(mean)) ** 2).mean(axes))
+    std = np.sqrt(eps + ((x - by_channel(mean)) ** 2).mean(axes))
     r = np.clip(std / sigma, 1 / r_max, r_max)
     d = np.clip((mean - mu) / sigma, -d_max, d_max)
-    y = wide(gamma) * ((x - wide(mean)) / wide(std) * wide(r) + wide(d)) + wide(beta)
+    normalized = (x - by_channel(mean)) / by_channel(std)
+    y = by_channel(gamma) * (normalized * by_channel(r) + by_channel(d)) + by_channel(beta)
     return y, mu + momentum * (mean - mu), sigma + momentum * (std - sigma)
 
 
@@ -48,7 +50,7 @@ def test_algorithm_1_over_several_batches(shape):
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_hold_r_and_d_constant():
+def test_gradients_treat_r_and_d_as_constants():
     layer = BatchRenorm(3, r_max=2.0, d_max=1.0, schedule=None).double()
     layer.running_mean.add_(0.5)
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
@@ -63,11 +65,11 @@ def test_gradients_hold_r_and_d_constant():
     torch.testing.assert_close(grad, expected)
 
 
-def test_it_starts_as_batch_norm_and_its_limits_grow():
+def test_schedule_starts_as_batch_norm_and_limits_grow():
     layer, batch_norm = BatchRenorm(4), nn.BatchNorm2d(4)
     x = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 4 + 2
     torch.testing.assert_close(layer(x), batch_norm(x))
-    # Ioffe's section 4: from step 5000 to 3 at 40000 and to 5 at 25000.
+    # Ioffe, section 4: from step 5000, r_max grows to 3 at 40000 and d_max to 5 at 25000.
     for done, r_max, d_max in ((5000, 1, 0), (15000, 1 + 2 * 10 / 35, 2.5), (25000, 15 / 7, 5),
                                (40000, 3, 5), (90000, 3, 5)):  # fmt: skip
         layer.num_batches_tracked.fill_(done)
@@ -82,16 +84,14 @@ def test_split_statistics():
         worker = BatchRenorm(4, r_max=1.5, d_max=0.5, schedule=None)
         parts.append(worker(part))
         if len(parts) == 1:
-            kept = worker.state_dict()
+            state = worker.state_dict()
     torch.testing.assert_close(split(x), torch.cat(parts))
-    assert all(torch.equal(v, split.state_dict()[k]) for k, v in kept.items())
+    assert all(torch.equal(v, split.state_dict()[k]) for k, v in state.items())
 
 
-def test_its_gamma_and_beta_decay_as_norms_do():
+def test_weight_decay_of_gamma_and_beta():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), BatchRenorm(4))
-    groups = build_sgd(
-        model, momentum=0.9, nesterov=True, weight_decay=1e-4, norm_weight_decay=0.0
-    ).param_groups
+    groups = build_sgd(model, Recipe(weight_decay=1e-4, norm_weight_decay=0.0)).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(1e-4, 1), (0.0, 2)]
 
 

@@ -21,7 +21,7 @@ def trained_batch_norm():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_is_batch_norm_in_eval_mode(trained_batch_norm, layout):
+def test_equals_batch_norm_in_eval_mode(trained_batch_norm, layout):
     frozen = FrozenBatchNorm(8)
     frozen.load_state_dict(trained_batch_norm.state_dict())
     x = torch.randn(2, 8, 3, 5, 7).to(memory_format=layout).requires_grad_()
@@ -36,7 +36,7 @@ def test_is_batch_norm_in_eval_mode(trained_batch_norm, layout):
         )
 
 
-def test_nothing_is_trained_or_updated(trained_batch_norm):
+def test_has_no_parameters_and_updates_no_buffers(trained_batch_norm):
     frozen = FrozenBatchNorm(8)
     frozen.load_state_dict(trained_batch_norm.state_dict())
     before = copy.deepcopy(frozen.state_dict())
@@ -46,17 +46,17 @@ def test_nothing_is_trained_or_updated(trained_batch_norm):
     assert all(torch.equal(before[key], value) for key, value in frozen.state_dict().items())
 
 
-def test_keeps_no_activation_for_backward():
-    kept = []
+def test_saves_no_activation_for_backward():
+    sizes = []
 
     def pack(tensor):
-        kept.append(tensor.numel())
+        sizes.append(tensor.numel())
         return tensor
 
     x = torch.randn(2, 8, 3, 5, 7, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         FrozenBatchNorm(8)(x)
-    assert sum(kept) <= 8
+    assert sum(sizes) <= 8
 
 
 def test_low_precision_is_rounded_once(trained_batch_norm):
@@ -69,7 +69,7 @@ def test_low_precision_is_rounded_once(trained_batch_norm):
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_any_number_of_dimensions_copy_and_pickle():
+def test_any_number_of_dimensions_deepcopy_and_pickle():
     frozen = FrozenBatchNorm(8)
     frozen.weight.uniform_()
     for shape in ((2, 8), (2, 8, 3), (2, 8, 3, 5)):
@@ -84,7 +84,7 @@ def test_wrong_number_of_channels():
         FrozenBatchNorm(8)(torch.randn(2, 1, 3, 3))
 
 
-def test_reset():
+def test_reset_parameters():
     frozen = FrozenBatchNorm(8)
     for buffer in frozen.buffers():
         buffer.uniform_()

@@ -1,4 +1,4 @@
-"""The fused kernels, on a GPU where there is one and in Triton's interpreter elsewhere."""
+"""The fused kernels, on a GPU if there is one, otherwise in Triton's interpreter."""
 
 import os
 import subprocess
@@ -11,16 +11,16 @@ from torch import nn
 
 from i3d_gn.models import i3d_tiny
 from i3d_gn.models.blocks import make_stage
-from i3d_gn.norm import GroupNorm, Recomputation, kept_as, uses_fused_kernels
+from i3d_gn.norm import GroupNorm, Recomputation, saved_as, uses_fused_kernels
 from i3d_gn.norm.functional import group_norm
-from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_again
+from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_recompute
 
 pytest.importorskip("triton")
 
 pytestmark = [
-    # NumPy, which the interpreter computes with, warns of infinities, also in what is masked out.
+    # The interpreter computes with NumPy, which warns of infinities even in masked elements.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
-    # Triton 3.9 announces another default for fusing multiply and add; either is right here.
+    # Triton 3.9 announces another default for fusing multiply and add; both are correct here.
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
@@ -34,12 +34,12 @@ def _fused(monkeypatch):
 
 
 def formula(x, num_groups, weight, bias, eps=1e-5, *, relu=False, residual=None):
-    """[GN] Eqn. 7 in float64, then sum and ReLU."""
+    """[GN] Eqn. 7 in float64, then residual sum and ReLU."""
     groups = x.double().reshape(x.shape[0], num_groups, -1)
-    centred = groups - groups.mean(2, keepdim=True)
-    variance = centred.square().mean(2, keepdim=True)
+    centered = groups - groups.mean(2, keepdim=True)
+    variance = centered.square().mean(2, keepdim=True)
     by_channel = (1, -1, *(1,) * (x.dim() - 2))
-    y = (centred / (variance + eps).sqrt()).reshape(x.shape)
+    y = (centered / (variance + eps).sqrt()).reshape(x.shape)
     y = y * weight.double().view(by_channel) + bias.double().view(by_channel)
     if residual is not None:
         y = y + residual.double()
@@ -47,7 +47,7 @@ def formula(x, num_groups, weight, bias, eps=1e-5, *, relu=False, residual=None)
 
 
 def tensors(shape, layout, dtype, *, seed=0, mean=0.5):
-    """x, residual, weight, bias and a gradient of the result."""
+    """x, residual, weight, bias and a gradient with respect to the result."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size):
@@ -72,10 +72,10 @@ CASES = [
     ((2, 12, 5, 7), 12, "contiguous", "relu", F32),
     ((2, 12, 5, 7), 12, "channels_last", "residual", F32),
     ((2, 6, 1, 1, 1), 6, "contiguous", "relu", F32),  # groups of one element
-    ((1, 6, 5, 37, 41), 2, "contiguous", "relu", F32),  # chunks of several tiles, the last short
+    ((1, 6, 5, 37, 41), 2, "contiguous", "relu", F32),  # chunks of several tiles, the last partial
     ((1, 6, 5, 37, 41), 2, "channels_last", "residual", F32),
     ((1, 160, 1, 3, 3), 5, "contiguous", "residual", F32),
-    ((1, 160, 1, 3, 3), 5, "channels_last", "relu", F32),  # more channels than a tile has
+    ((1, 160, 1, 3, 3), 5, "channels_last", "relu", F32),  # more channels than a tile
     ((2, 8, 3, 5, 7), 1, "contiguous", "plain", BF16),
     ((2, 8, 3, 5, 7), 4, "channels_last", "residual", F16),
     *(
@@ -101,7 +101,7 @@ def test_formula_forward_and_backward(shape, num_groups, layout, fusion, dtype):
     one_element = x[0].numel() == num_groups
     atol = 2e-4 if one_element else 5e-6
     torch.testing.assert_close(y.double(), expected, rtol=ulp, atol=atol)
-    # Where rounding decides the ReLU's side, the gradient is either; drop these elements.
+    # Exclude elements so close to 0 that rounding decides the ReLU's gradient.
     grad = torch.where((expected.abs() < 1e-5) & (expected != 0), 0, grad)
     actual = torch.autograd.grad(y, inputs, grad)
     wanted = torch.autograd.grad(expected, inputs, grad.double())
@@ -113,7 +113,7 @@ def test_formula_forward_and_backward(shape, num_groups, layout, fusion, dtype):
         )
 
 
-def test_parameters_of_any_strides_and_no_other_size():
+def test_strided_parameters_and_parameters_of_wrong_shape():
     x, _, weight, bias, grad = tensors((2, 8, 3, 5, 7), "channels_last", torch.float32)
     both = torch.stack((weight, bias), dim=1).detach()
     for strided in (both.unbind(1), both[:1].expand(8, 2).unbind(1)):
@@ -150,9 +150,9 @@ def test_constant_input_gives_the_bias_exactly(layout, value):
     assert torch.equal(y, bias.view(1, -1, 1, 1, 1).expand_as(y))
 
 
-def test_one_outlier_does_not_hide_the_rest():
-    # It is the very first element: shifting by the first element would cost 5e-4 here. NumPy's
-    # plain running sum, in the interpreter, costs 1e-5.
+def test_outlier_does_not_affect_other_elements():
+    # The outlier is the first element: statistics shifted by it would be off by 5e-4. NumPy's
+    # sequential sum, in the interpreter, is off by 1e-5.
     x, _, weight, bias, _ = tensors((1, 4, 2, 30, 31), "channels_last", torch.float32)
     x = x.detach()
     x[0, :, 0, 0, 0] = 1e6
@@ -164,7 +164,7 @@ def test_one_outlier_does_not_hide_the_rest():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("relu", [False, True])
-def test_non_finite_values_stay_in_their_group_and_sample(layout, poison, relu):
+def test_non_finite_values_affect_only_their_group_and_sample(layout, poison, relu):
     x, _, weight, bias, _ = tensors((3, 8, 2, 4, 4), layout, torch.float32)
     x = x.detach()
     clean = group_norm(x, 4, weight, bias, relu=relu)
@@ -178,7 +178,7 @@ def test_non_finite_values_stay_in_their_group_and_sample(layout, poison, relu):
     assert torch.equal(y, clean)
 
 
-def test_agrees_with_the_native_operator_in_any_strides(monkeypatch):
+def test_equals_the_native_operator_for_any_strides(monkeypatch):
     wide = torch.randn(2, 8, 3, 6, 10, device=DEVICE)
     for x in (wide[..., 1:-2], wide.transpose(1, 4)[:, :8], wide[:1].expand(3, -1, -1, -1, -1)):
         y = group_norm(x, 4, relu=True, residual=x)
@@ -190,7 +190,7 @@ def test_agrees_with_the_native_operator_in_any_strides(monkeypatch):
 
 
 def test_index_arithmetic_is_64_bit():
-    """Rows 2^29 elements apart, so that the last ones lie beyond 2^31; few pages are touched."""
+    """Rows are 2^29 elements apart, so that the last one is beyond 2^31; few pages are touched."""
     from i3d_gn.norm import triton_kernels
 
     row_stride = 2**29 + 8
@@ -205,7 +205,7 @@ def test_index_arithmetic_is_64_bit():
     torch.testing.assert_close(m2.view(2), x.float().var(0, correction=0) * 5)
 
 
-def test_gradient_sums_of_more_chunks_than_a_block_holds():
+def test_gradient_sums_over_more_chunks_than_a_block():
     from i3d_gn.norm import triton_kernels
 
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +223,7 @@ def test_gradient_sums_of_more_chunks_than_a_block_holds():
     torch.testing.assert_close(averages, by_group.float(), rtol=1e-5, atol=1e-7)
 
 
-# opcheck itself reads the .grad of tensors that are no leaves.
+# opcheck itself reads .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_custom_operators_are_registered_correctly(layout):
@@ -234,24 +234,24 @@ def test_custom_operators_are_registered_correctly(layout):
     torch.library.opcheck(forward, (x, None, 2, weight, bias, 1e-5, False))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     y, statistics = group_norm_fused(x, None, 2, weight, bias, 1e-5, True)
-    again = (x, 2, weight, bias, statistics, True)
-    torch.library.opcheck(ops.group_norm_fused_again.default, again)
-    assert torch.equal(group_norm_fused_again(*again), y)
+    recompute = (x, 2, weight, bias, statistics, True)
+    torch.library.opcheck(ops.group_norm_fused_recompute.default, recompute)
+    assert torch.equal(group_norm_fused_recompute(*recompute), y)
     for y_or_none in (y, None):
         arguments = (grad, x, y_or_none, 2, weight, bias, statistics, True)
         torch.library.opcheck(ops.group_norm_fused_backward.default, arguments)
 
 
-def test_second_derivative_is_a_clear_error():
+def test_second_derivative_is_an_error():
     x, _, weight, bias, _ = tensors((2, 4, 2, 3, 3), "contiguous", torch.float32)
     (grad,) = torch.autograd.grad(group_norm(x, 2, weight, bias).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="I3D_GN_NORM_KERNEL=native"):
         torch.autograd.grad(grad.sum(), x)
 
 
-# torch itself scripts its forward-mode derivatives.
+# torch itself uses torch.jit.script for forward-mode derivatives.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
-def test_function_transforms_see_the_native_operator():
+def test_function_transforms_use_the_native_operator():
     x, tangent, weight, bias, _ = (t.detach() for t in tensors((2, 4, 3), "contiguous", F32))
     derivative = torch.func.jvp(lambda t: group_norm(t, 2, weight, bias), (x,), (tangent,))[1]
     wanted = torch.func.jvp(
@@ -260,7 +260,7 @@ def test_function_transforms_see_the_native_operator():
     torch.testing.assert_close(derivative.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_has_no_effect():
     layer = GroupNorm(4, 8).to(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 8, 3, 5, 7, device=DEVICE).to(dtype)
@@ -290,7 +290,7 @@ class NormAndConvolution(nn.Module):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compile(layout):
+def test_compile_equals_eager(layout):
     torch.manual_seed(0)
     network = NormAndConvolution().to(DEVICE)
     x = tensors((2, 8, 3, 5, 7), layout, torch.float32)[0]
@@ -306,7 +306,7 @@ def test_compile(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
-def test_export_sees_the_native_operator(layout, kernel, monkeypatch):
+def test_export_uses_the_native_operator(layout, kernel, monkeypatch):
     monkeypatch.setenv("I3D_GN_NORM_KERNEL", kernel)
     network = NormAndConvolution().to(DEVICE).eval()
     x = tensors((2, 8, 3, 5, 7), layout, torch.float32)[0].detach()
@@ -343,7 +343,7 @@ def test_empty_input(shape):
     assert x.grad.shape == shape
 
 
-def test_residual_needs_relu_and_the_shape_of_x():
+def test_residual_requires_relu_and_the_shape_of_x():
     x = torch.randn(2, 8, 3, device=DEVICE)
     with pytest.raises(ValueError, match="relu=True"):
         group_norm(x, 4, residual=x)
@@ -351,7 +351,7 @@ def test_residual_needs_relu_and_the_shape_of_x():
         group_norm(x, 4, relu=True, residual=x[..., :1])
 
 
-def test_choice_of_kernels(monkeypatch):
+def test_uses_fused_kernels(monkeypatch):
     x = torch.randn(2, 8, 3)
     assert uses_fused_kernels(x.to(DEVICE))
     with pytest.raises(ValueError, match=r"triton, but x is torch.float64 on cpu"):
@@ -365,30 +365,30 @@ def test_choice_of_kernels(monkeypatch):
         group_norm(x, 4)
 
 
-def test_recomputation_holds_the_value_between_its_uses():
+def test_recomputation_caches_the_value_between_its_uses():
     calls = []
 
     def compute():
         calls.append(torch.is_grad_enabled())
         return torch.ones(2)
 
-    again = Recomputation(compute, num_uses=2)
-    first, second = again(), again()
+    recompute = Recomputation(compute, num_uses=2)
+    first, second = recompute(), recompute()
     assert first is second
     assert calls == [False]
-    assert again() is not first
+    assert recompute() is not first
     assert len(calls) == 2
 
 
-def test_kept_as_replaces_the_tensor_and_nothing_else():
+def test_saved_as_replaces_only_this_tensor():
     x = torch.randn(3, requires_grad=True)
     y, calls = x * 2, []
 
-    def again():
+    def recompute():
         calls.append(1)
         return x.detach() * 2
 
-    with kept_as(y, again):
+    with saved_as(y, recompute):
         z = y * x + y.square()
     (grad,) = torch.autograd.grad(z.sum(), x)
     assert len(calls) == 2
@@ -396,18 +396,18 @@ def test_kept_as_replaces_the_tensor_and_nothing_else():
 
 
 @pytest.mark.parametrize("modified", ["x", "weight", "bias"])
-def test_computing_again_from_what_was_modified_is_an_error(modified):
+def test_recompute_from_a_modified_tensor_is_an_error(modified):
     layer = GroupNorm(2, 4).to(DEVICE).requires_grad_(False)
     x = torch.randn(1, 4, 2, 3, 3, device=DEVICE)
-    y, again = layer.relu_with_again(x)
-    assert torch.equal(again(), y)
+    y, recompute = layer.relu_with_recompute(x)
+    assert torch.equal(recompute(), y)
     {"x": x, "weight": layer.weight, "bias": layer.bias}[modified].add_(1)
     with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
-        again()
+        recompute()
 
 
 def two_blocks(recompute):
-    """One with a convolution in the shortcut, one without."""
+    """The first block has a convolution in the shortcut, the second does not."""
     torch.manual_seed(0)
     stage = make_stage(
         2,
@@ -429,8 +429,8 @@ def gradients(network, x):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_recomputing_changes_no_gradient(autocast):
-    # Four frames: with fewer than the kernel's three, oneDNN's bfloat16 weight gradient is garbage.
+def test_gradients_with_recompute_equal_those_without(autocast):
+    # With fewer frames than the kernel's three, oneDNN's bfloat16 weight gradient is wrong.
     x = torch.randn(1, 12, 4, 7, 9, device=DEVICE, requires_grad=True)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         plain = gradients(two_blocks(False), x)
@@ -451,7 +451,7 @@ def test_network_with_recomputed_and_checkpointed_stages():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_recomputing_sees_the_weights_of_the_forward():
+def test_recompute_with_a_modified_weight_is_an_error():
     stage = two_blocks(True)
     loss = stage(torch.randn(1, 12, 2, 5, 5, device=DEVICE)).sum()
     with torch.no_grad():
@@ -484,7 +484,7 @@ def compile(name, ones, **constants):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert "cubin" in compiled.asm
 
-# Arguments equal to 1 are constants to Triton, so they take other ways through the compiler.
+# Triton compiles arguments equal to 1 as constants.
 for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num_chunks"},
              {"num_channels", "num_rows", "num_groups", "channel_stride"}):
     compile("partial_statistics", ones, BLOCK_S=32, BLOCK_C=128)
@@ -500,7 +500,7 @@ for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
-    """To machine code, which takes no GPU; the interpreter cannot see what the compiler refuses."""
+    """Compiling needs no GPU and finds what the interpreter accepts but the compiler rejects."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     script = tmp_path / "compile_for_hopper.py"
@@ -513,8 +513,8 @@ def test_kernels_compile_for_hopper(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-class TestOnTheDevice:
-    """What the interpreter cannot show: real tiles, real sizes, more than 2^31 elements."""
+class TestOnGpu:
+    """Real tile sizes, real activation sizes, and more than 2^31 elements."""
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
     @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ class TestOnTheDevice:
         ],
     )
     @pytest.mark.parametrize("fusion", ["plain", "relu", "residual"])
-    def test_activation_shapes(self, shape, layout, fusion):
+    def test_formula_on_activation_shapes(self, shape, layout, fusion):
         x, residual, weight, bias, grad = tensors(shape, layout, torch.bfloat16)
         options = {"relu": fusion != "plain"}
         options["residual"] = residual if fusion == "residual" else None
@@ -556,7 +556,7 @@ class TestOnTheDevice:
         for t, value in ((0, expected), (1, -expected), (31, -expected), (32, 0.0)):
             assert (y[:, :, t].float() - value).abs().max() < 0.01
 
-    def test_no_host_synchronisation(self):
+    def test_no_host_synchronization(self):
         network = i3d_tiny(num_classes=3).cuda().to(memory_format=torch.channels_last_3d)
         clips = torch.randn(2, 3, 16, 64, 64, device="cuda")
         gradients(network, clips)  # compiles

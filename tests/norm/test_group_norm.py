@@ -38,11 +38,11 @@ def formula(x, num_groups, weight, bias, eps):
         for g in range(num_groups):
             channels = slice(g * group_size, (g + 1) * group_size)
             values = sample[channels]
-            centred = values - values.sum() / values.numel()
-            variance = (centred * centred).sum() / values.numel()
+            centered = values - values.sum() / values.numel()
+            variance = (centered * centered).sum() / values.numel()
             by_channel = (-1,) + (1,) * (values.dim() - 1)
             groups.append(
-                centred / (variance + eps).sqrt() * weight[channels].view(by_channel)
+                centered / (variance + eps).sqrt() * weight[channels].view(by_channel)
                 + bias[channels].view(by_channel)
             )
         rows.append(torch.cat(groups))
@@ -96,7 +96,7 @@ def test_formula_forward_and_backward(shape, layout, num_groups):
     expected = formula(x, num_groups, weight, bias, 1e-5)
 
     assert y.dtype == x.dtype
-    # A group of one element has variance 0: rstd is 316, and enlarges the rounding of x to as much.
+    # A group of one element has variance 0, so rstd = 316 amplifies the rounding error of x.
     one_element = x[0].numel() == num_groups
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-4 if one_element else 5e-6)
     actual = gradients(y, (x, weight, bias), grad)
@@ -108,9 +108,9 @@ def test_formula_forward_and_backward(shape, layout, num_groups):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, None])
-def test_low_precision_is_the_rounded_formula(layout, dtype, parameter_dtype):
+def test_low_precision_equals_the_rounded_formula(layout, dtype, parameter_dtype):
     generator = torch.Generator().manual_seed(0)
-    # A mean of 20 standard deviations: statistics rounded to bf16 would be off by 0.05.
+    # The mean is 20 times the std: statistics rounded to bf16 would be off by 0.05.
     values = (torch.randn(2, 16, 4, 9, 9, generator=generator) + 20).to(dtype)
     x = lay_out(values, layout).requires_grad_()
     weight = torch.ones(16, dtype=parameter_dtype or dtype).requires_grad_()
@@ -138,7 +138,7 @@ def test_low_precision_is_the_rounded_formula(layout, dtype, parameter_dtype):
 def test_large_mean_keeps_the_variance(layout, dims, mean_over_std):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 64, 16, 30, 30)[:2] + (16, 30, 30)[5 - dims :]
-    # Group means of alternating sign, so that one shift for the whole sample would not do.
+    # Group means of alternating sign, so that one shift for the whole sample would not suffice.
     sign = torch.tensor([1.0, -1.0]).repeat_interleave(2).repeat(16).view(1, 64, *(1,) * (dims - 2))
     x = lay_out(torch.randn(shape, generator=generator) + mean_over_std * sign, layout)
     x.requires_grad_()
@@ -148,7 +148,7 @@ def test_large_mean_keeps_the_variance(layout, dims, mean_over_std):
     y = group_norm(x, 32, weight, bias, 1e-5)
     expected = formula(x, 32, weight, bias, 1e-5)
 
-    # What fp32 input resolves: half an ulp of x is 6e-8 * mean / std.
+    # The resolution of fp32 input: half an ulp of x is 6e-8 * mean / std.
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6 + 2e-7 * mean_over_std)
     grad_x, grad_weight, grad_bias = gradients(y, (x, weight, bias), grad)
     wanted_x, wanted_weight, wanted_bias = gradients(expected, (x, weight, bias), grad)
@@ -162,8 +162,8 @@ def test_large_mean_keeps_the_variance(layout, dims, mean_over_std):
 
 @pytest.mark.parametrize("shape", [(4, 64, 1, 1), (4, 64, 1, 1, 1), (3, 1, 9, 9), (3, 1, 40, 5, 9)])
 @pytest.mark.parametrize("sliced", [False, True])
-def test_large_mean_where_contiguous_is_channels_last_too(shape, sliced):
-    """One channel or one position: torch takes such a tensor for channels_last by its strides."""
+def test_large_mean_where_contiguous_is_also_channels_last(shape, sliced):
+    """With one channel or one position, torch treats the tensor as channels_last by its strides."""
     generator = torch.Generator().manual_seed(0)
     num_channels, *space = shape[1:]
     memory = torch.empty(shape[0], *space, num_channels + 2 * sliced)
@@ -184,8 +184,8 @@ def test_large_mean_where_contiguous_is_channels_last_too(shape, sliced):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("rest", ["random", "constant"])
 @pytest.mark.parametrize("outlier", [1e4, 1e6, 1e10])
-def test_an_outlier_costs_the_others_nothing(layout, rest, outlier):
-    """It is the very first element, so that a shift by that would be a bad one."""
+def test_outlier_does_not_affect_other_elements(layout, rest, outlier):
+    """The outlier is the first element: statistics must not be shifted by that."""
     generator = torch.Generator().manual_seed(0)
     x = torch.full((1, 4, 9, 60, 61), 500.0)
     if rest == "random":
@@ -203,19 +203,19 @@ def test_constant_input_gives_the_bias(layout, value):
     bias = torch.arange(8.0)
     y = group_norm(x, 4, torch.full((8,), 2.0), bias, 1e-5)
     expected = bias.view(1, -1, 1, 1, 1).expand_as(y)
-    # The mean of equal numbers may be off by an ulp, which rstd = 316 enlarges.
+    # The mean of equal numbers may be off by an ulp, which rstd = 316 amplifies.
     torch.testing.assert_close(y, expected, rtol=0, atol=abs(value) * 1.2e-7 * 640)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 32, 64])
 @pytest.mark.parametrize("shape", [(2, 64, 9), (2, 64, 5, 7), (2, 64, 3, 5, 7)])
-def test_agrees_with_torch(num_groups, shape):
+def test_equals_torch_group_norm(num_groups, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours = GroupNorm(num_groups, 64)
     torch.testing.assert_close(ours(x), F.group_norm(x, num_groups), rtol=1e-5, atol=1e-5)
 
 
-def test_layer_and_instance_norm_are_the_extremes():
+def test_one_group_is_layer_norm_and_one_channel_per_group_is_instance_norm():
     x = torch.randn(2, 12, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     for layout in ("contiguous", "channels_last"):
         x = lay_out(x, layout)
@@ -227,7 +227,7 @@ def test_layer_and_instance_norm_are_the_extremes():
 
 @pytest.mark.parametrize("shape", [(2, 8, 5, 7), (2, 8, 3, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeps_the_memory_format(shape, dtype):
+def test_preserves_the_memory_format(shape, dtype):
     channels_last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     layer = GroupNorm(4, 8)
     contiguous = torch.randn(shape).to(dtype).requires_grad_()
@@ -246,7 +246,7 @@ def test_keeps_the_memory_format(shape, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_sample_does_not_depend_on_its_batch_while_batch_norm_does(layout):
+def test_sample_is_independent_of_its_batch_unlike_batch_norm(layout):
     batch = lay_out(torch.randn(4, 8, 3, 5, 7, generator=torch.Generator().manual_seed(0)), layout)
     layer = GroupNorm(4, 8)
     together = layer(batch)
@@ -258,7 +258,7 @@ def test_a_sample_does_not_depend_on_its_batch_while_batch_norm_does(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_non_finite_values_stay_in_their_group_and_sample(layout, poison):
+def test_non_finite_values_affect_only_their_group_and_sample(layout, poison):
     x = torch.randn(3, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     clean = group_norm(lay_out(x, layout), 4)
     x[1, 2, 0, 1, 1] = poison
@@ -269,15 +269,15 @@ def test_non_finite_values_stay_in_their_group_and_sample(layout, poison):
 
 
 @pytest.mark.parametrize("num_groups", [2, 32])
-def test_strides_of_dimensions_of_size_1_mean_nothing(num_groups):
+def test_strides_of_dimensions_of_size_1_are_ignored(num_groups):
     x = torch.randn(1, 64, 1, 6, 5).bfloat16()
-    usual = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    odd = usual.detach().as_strided(usual.shape, (7, 1, 3, 320, 64)).requires_grad_()
-    y, expected = (group_norm(t, num_groups, relu=True) for t in (odd, usual))
+    standard = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    odd = standard.detach().as_strided(standard.shape, (7, 1, 3, 320, 64)).requires_grad_()
+    y, expected = (group_norm(t, num_groups, relu=True) for t in (odd, standard))
     assert torch.equal(y, expected)
     grad = torch.randn_like(y)
     assert torch.equal(
-        *(torch.autograd.grad(a, b, grad)[0] for a, b in ((y, odd), (expected, usual)))
+        *(torch.autograd.grad(a, b, grad)[0] for a, b in ((y, odd), (expected, standard)))
     )
 
 
@@ -303,11 +303,11 @@ def test_second_derivative_of_contiguous_input_and_error_for_channels_last():
     assert torch.autograd.gradgradcheck(lambda t: group_norm(t, 2), (x,))
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     (grad,) = torch.autograd.grad(group_norm(last, 2).pow(3).sum(), last, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative.*\.contiguous\(\)"):
+    with pytest.raises(RuntimeError, match=r"second derivatives.*\.contiguous\(\)"):
         torch.autograd.grad(grad.sum(), last)
 
 
-# torch itself scripts its forward-mode derivatives.
+# torch itself uses torch.jit.script for forward-mode derivatives.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_function_transforms(layout):
@@ -329,7 +329,7 @@ def test_function_transforms(layout):
     torch.testing.assert_close(grad, torch.autograd.grad(layer(x).pow(3).sum(), x)[0])
 
 
-# opcheck itself reads the .grad of tensors that are no leaves.
+# opcheck itself reads .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("fusion", ["plain", "relu", "residual"])
 def test_custom_operators_are_registered_correctly(fusion):
@@ -359,7 +359,7 @@ def test_custom_operators_are_registered_correctly(fusion):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_autocast_changes_nothing(layout):
+def test_autocast_has_no_effect(layout):
     layer = GroupNorm(4, 8)
     for dtype in (torch.float32, torch.bfloat16):
         x = lay_out(torch.randn(2, 8, 3, 5, 7).to(dtype), layout)
@@ -393,7 +393,7 @@ def test_empty_input(shape):
     assert torch.equal(layer.weight.grad, torch.zeros(8))
 
 
-def test_state_dict_exchange_with_torch():
+def test_state_dicts_are_interchangeable_with_torch():
     ours, torchs = GroupNorm(4, 8), nn.GroupNorm(4, 8)
     nn.init.normal_(torchs.weight)
     nn.init.normal_(torchs.bias)
@@ -444,14 +444,14 @@ def test_channels_per_group():
 
 
 @pytest.mark.parametrize("num_groups", [0, -1, 5, 16])
-def test_indivisible_channels(num_groups):
+def test_indivisible_channels_are_an_error(num_groups):
     with pytest.raises(ValueError, match=rf"num_channels=8.*num_groups={num_groups}.*divisors"):
         GroupNorm(num_groups, 8)
     with pytest.raises(ValueError, match="8 channels"):
         group_norm(torch.randn(2, 8, 3), num_groups)
 
 
-def test_wrong_input():
+def test_wrong_input_is_an_error():
     with pytest.raises(ValueError, match=r"\(2, 6, 3\).*C = 8"):
         GroupNorm(4, 8)(torch.randn(2, 6, 3))
     with pytest.raises(ValueError, match=r"\(8,\)"):

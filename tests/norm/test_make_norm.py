@@ -18,7 +18,7 @@ from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
         ("none", nn.Identity),
     ],
 )
-def test_names(name, kind):
+def test_layer_types(name, kind):
     layer = make_norm(name, 64, eps=1e-3)
     assert type(layer) is kind
     if name != "none":
@@ -28,7 +28,7 @@ def test_names(name, kind):
         assert layer(x).shape == x.shape
 
 
-def test_groups():
+def test_number_of_groups():
     assert make_norm("gn", 64).num_groups == 32
     assert make_norm("gn", 64, num_groups=4).num_groups == 4
     assert make_norm("gn", 64, channels_per_group=4).num_groups == 16
@@ -36,7 +36,7 @@ def test_groups():
     assert make_norm("in", 64).num_groups == 64
 
 
-def test_layers_normalise_over_what_their_name_says():
+def test_statistics_of_each_norm():
     x = torch.randn(3, 64, 2, 4, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
     expected = {
         "gn": F.group_norm(x, 32),
@@ -50,7 +50,7 @@ def test_layers_normalise_over_what_their_name_says():
         torch.testing.assert_close(make_norm(name, 64)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_images():
+def test_layers_for_images():
     x = torch.randn(2, 32, 3, 5)
     for name in ("gn", "bn", "frozen_bn", "ln", "in", "none"):
         assert make_norm(name, 32, spatial_dims=2)(x).shape == x.shape
@@ -66,8 +66,8 @@ def test_images():
         ({"name": "gn", "num_groups": 0}, "num_groups=0"),
         ({"name": "gn", "channels_per_group": 48}, "channels_per_group=48"),
         ({"name": "gn", "num_groups": 4, "channels_per_group": 16}, "give one of them"),
-        ({"name": "bn", "num_groups": 4}, "leave them out for 'bn'"),
-        ({"name": "ln", "channels_per_group": 4}, "leave them out for 'ln'"),
+        ({"name": "bn", "num_groups": 4}, "do not set them for 'bn'"),
+        ({"name": "ln", "channels_per_group": 4}, "do not set them for 'ln'"),
         ({"name": "bn", "spatial_dims": 1}, "spatial_dims=1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Called directly or as a registered operator, an `Operator` is one function."""
+"""An `Operator` computes the same when called directly and as a registered operator."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NAME = "i3d_gn.group_norm_channels_last_cpu"
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -39,21 +39,21 @@ def norm(x, weight, bias):
     return group_norm(x, 4, weight, bias)
 
 
-def test_a_dispatch_mode_sees_one_operator_with_the_same_numbers(inputs):
+def test_dispatch_mode_sees_one_operator_with_the_same_result(inputs):
     direct = norm(*inputs)
     gradients = torch.autograd.grad(direct.square().sum(), inputs)
     with Recorder() as recorder:
-        seen = norm(*inputs)
-        seen_gradients = torch.autograd.grad(seen.square().sum(), inputs)
+        recorded = norm(*inputs)
+        recorded_gradients = torch.autograd.grad(recorded.square().sum(), inputs)
     assert f"{NAME}.default" in recorder.names
     assert f"{NAME}_backward.default" in recorder.names
-    assert torch.equal(seen, direct)
-    for a, b in zip(seen_gradients, gradients, strict=True):
+    assert torch.equal(recorded, direct)
+    for a, b in zip(recorded_gradients, gradients, strict=True):
         assert torch.equal(a, b)
 
 
-def test_nothing_is_registered_on_the_direct_way(inputs, monkeypatch):
-    """Else the price of the registered operator is paid after all."""
+def test_direct_call_skips_the_registered_operator(inputs, monkeypatch):
+    """Otherwise its overhead would be paid on every call."""
 
     def fail(*_arguments, **_keywords):
         raise AssertionError("the registered operator was called")
@@ -62,7 +62,7 @@ def test_nothing_is_registered_on_the_direct_way(inputs, monkeypatch):
     torch.autograd.grad(norm(*inputs).square().sum(), inputs)
 
 
-def test_a_trace_computes_from_its_inputs(inputs):
+def test_traced_graph_depends_on_its_inputs(inputs):
     inputs = tuple(t.detach() for t in inputs)
     graph = make_fx(norm)(*inputs)
     assert NAME in graph.code
@@ -70,7 +70,7 @@ def test_a_trace_computes_from_its_inputs(inputs):
     assert torch.equal(graph(*others), norm(*others))
 
 
-def test_fake_and_meta_tensors_and_subclasses(inputs):
+def test_fake_tensors_meta_tensors_and_subclasses(inputs):
     with FakeTensorMode() as mode:
         y = norm(*(mode.from_tensor(t) for t in inputs))
         assert y.shape == inputs[0].shape

@@ -34,7 +34,7 @@ def batches():
 
 
 def train(model, module, mine):
-    """Three steps on the samples of `mine`; losses and the state after each."""
+    """Train on the samples `mine`; losses and the state after each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses, states = [], []
     for images, labels in batches():
@@ -47,7 +47,7 @@ def train(model, module, mine):
     return torch.stack(losses), states
 
 
-def one_of_eight(rank, port, folder):
+def train_rank(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS
@@ -62,14 +62,12 @@ def one_of_eight(rank, port, folder):
 
 
 @pytest.mark.slow
-def test_one_process_computes_what_eight_processes_compute(tmp_path):
+def test_one_process_equals_eight_data_parallel_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.set_forkserver_preload(["i3d_gn.models.resnet2d", "torch.nn.parallel"])
-    mp.start_processes(
-        one_of_eight, (port, str(tmp_path)), nprocs=WORKERS, start_method="forkserver"
-    )
+    mp.start_processes(train_rank, (port, str(tmp_path)), nprocs=WORKERS, start_method="forkserver")
     losses, states = torch.load(tmp_path / "eight.pt")
     module = network(SAMPLES)
     ours, our_states = train(module, module, slice(None))
@@ -78,14 +76,14 @@ def test_one_process_computes_what_eight_processes_compute(tmp_path):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
             torch.testing.assert_close(mine[key], value, rtol=1e-7, atol=1e-9, msg=key)
-    # Statistics over the whole batch are another experiment.
+    # Statistics over the whole batch give another result.
     whole = network(None)
     assert (train(whole, whole, slice(None))[0] - losses).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5, 2, 4, 3)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_each_part_is_a_batch_norm_of_its_own(shape, channels_last):
+def test_each_part_equals_a_separate_batch_norm(shape, channels_last):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 1
     if channels_last:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -96,13 +94,13 @@ def test_each_part_is_a_batch_norm_of_its_own(shape, channels_last):
     torch.testing.assert_close(layer(x), torch.cat(parts), rtol=0, atol=1e-6)
     assert all(torch.equal(v, layer.state_dict()[k]) for k, v in worker0.state_dict().items())
     layer.eval(), worker0.eval()
-    assert torch.equal(layer(x), worker0(x))  # in evaluation any batch will do
+    assert torch.equal(layer(x), worker0(x))
     assert torch.equal(layer(x[:1]), worker0(x[:1]))
 
 
 def test_errors():
     layer = SplitBatchNorm(5, 4)
-    with pytest.raises(ValueError, match=r"6 samples.*stats_batch_size=4.*multiple"):
+    with pytest.raises(ValueError, match=r"6 samples is not a multiple of stats_batch_size=4"):
         layer(torch.zeros(6, 5, 2, 2))
     for name in ("gn", "sync_bn", "none"):
         with pytest.raises(ValueError, match=r"stats_batch_size=4 is for norms 'bn' and 'brn'"):

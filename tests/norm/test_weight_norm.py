@@ -13,15 +13,15 @@ def small(norm="gn"):
     return ResNet2d((1, 1, 1, 1), norm=norm, num_classes=3, width=32)
 
 
-def test_weight_norm_starts_as_the_network_was():
+def test_weight_norm_preserves_the_initial_network():
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     plain, normed = small("none"), small("none")
     normalize_kernels(normed, "weight_norm")
     torch.testing.assert_close(normed(x), plain(x))
     kernel = normed.res3[0].conv2
-    length = kernel.parametrizations.weight.original0
+    kernel_norms = kernel.parametrizations.weight.original0
     with torch.no_grad():
-        length.fill_(3.0)
+        kernel_norms.fill_(3.0)
     torch.testing.assert_close(
         kernel.weight.flatten(1).norm(dim=1), torch.full((kernel.out_channels,), 3.0)
     )
@@ -47,7 +47,7 @@ def test_weight_standardization(dims):
 
 def test_weight_standardization_of_low_precision_is_rounded_once():
     conv = nn.Conv3d(4, 8, 3, bias=False).bfloat16()
-    # Far from zero, which would cost a mean in bfloat16.
+    # Far from zero, where a mean computed in bfloat16 would be inaccurate.
     raw = conv.weight.detach() + 1
     conv.weight.data.copy_(raw)
     normalize_kernels(conv, "weight_standardization")

@@ -1,0 +1,9 @@
+"""Fixtures for tests of normalization layers."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
