@@ -1,19 +1,19 @@
-"""Seconds of one core for resizing and verifying a 10-second video, ours against ffmpeg's program.
+"""CPU seconds for resizing and verifying a 10-second video, compared with the ffmpeg program.
 
     python benchmarks/bench_transcode.py VIDEO... [--repeat 5] [--markdown PATH]
 
-Protocol: each video goes round all contenders before the next, as often as --repeat says, one
-process at a time and one thread each; reported are medians of user + system time of a whole item
-over all videos and repeats. Ours runs in a process that is there already, as within a step; ffmpeg
-starts one for each video, as a script would, so `ffmpeg start` is given apart (`-version`).
+Protocol: contenders alternate per video, --repeat times after one warm-up, one process at a time
+with one thread; reported are medians of user + system time per video. Ours runs in an existing
+process, as within a step; ffmpeg starts a process per video, as in a script, so `ffmpeg start`
+(`-version`) is measured separately.
 
 resize: short side 256, x264 crf 23, preset medium, GOP 32, tune fastdecode, no sound.
-  ours also reads all packets first to know how many frames there must be, hashes the source, and
-  checks that all frames came.
-verify: decode all frames. ours also hashes every picture; ffmpeg does alike with -f framemd5.
+  Ours also reads all packets first to get the expected number of frames, hashes the source, and
+  checks that all frames were decoded.
+verify: decode all frames. Ours also hashes every frame; ffmpeg does so with -f framemd5.
 
-The last rows are the training form against x264's defaults: bytes, and milliseconds for a random
-clip of 32 frames at stride 2 (training crop 224), ours.
+The last rows compare training options with the defaults of x264: file size, and milliseconds to
+decode a random clip of 32 frames at stride 2 (training crop 224) with our decoder.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data_tools.examination import examine
-from data_tools.files import file_hash
+from data_tools.full_decode_check import check_video
 from data_tools.h264 import X264Options
 from data_tools.transcode import transcode
 from i3d_gn.data.clips import clip_indices, random_start
 from i3d_gn.data.transforms import random_crop_plan
+from i3d_gn.files import file_sha256
 from i3d_gn.video_io.decode import decode_frames, probe_video
 
-TRAINING_FORM = X264Options(crf=23, gop=32, preset="medium", tune="fastdecode")
+TRAINING_OPTIONS = X264Options(crf=23, gop=32, preset="medium", tune="fastdecode")
 X264_DEFAULTS = X264Options(crf=23, gop=250, preset="medium", tune=None)
 
 
@@ -76,10 +76,10 @@ def measure(videos: list[Path], folder: Path, *, repeat: int) -> list[tuple[str,
     output = folder / "copy.mp4"
     contenders: dict[str, Callable[[Path], object]] = {
         "resize, ours": lambda video: (
-            file_hash(video),
-            transcode(video, output, short_side=256, fps=None, options=TRAINING_FORM),
+            file_sha256(video),
+            transcode(video, output, short_side=256, fps=None, options=TRAINING_OPTIONS),
         ),
-        "verify, ours": examine,
+        "verify, ours": check_video,
     }
     if shutil.which("ffmpeg"):
         contenders |= {
@@ -93,18 +93,18 @@ def measure(videos: list[Path], folder: Path, *, repeat: int) -> list[tuple[str,
             for name, work in contenders.items():
                 before = cpu_seconds()
                 work(video)
-                if turn:  # The first is to warm up.
+                if turn:  # The first one is the warm-up.
                     seconds[name].append(cpu_seconds() - before)
     rows = [
         (name, f"{statistics.median(values):.3f}", "s") for name, values in sorted(seconds.items())
     ]
-    return rows + forms(videos, folder, repeat=repeat)
+    return rows + copy_rows(videos, folder, repeat=repeat)
 
 
-def forms(videos: list[Path], folder: Path, *, repeat: int) -> list[tuple[str, str, str]]:
-    """Size and cost of a random clip of the training form and of x264's defaults."""
+def copy_rows(videos: list[Path], folder: Path, *, repeat: int) -> list[tuple[str, str, str]]:
+    """Size and decoding time of copies with training options and with the defaults of x264."""
     copies = {}
-    for name, options in (("training form", TRAINING_FORM), ("x264 defaults", X264_DEFAULTS)):
+    for name, options in (("training options", TRAINING_OPTIONS), ("x264 defaults", X264_DEFAULTS)):
         copies[name] = [folder / f"{name} {i}.mp4" for i in range(len(videos))]
         for video, copy in zip(videos, copies[name], strict=True):
             transcode(video, copy, short_side=256, fps=None, options=options)
@@ -116,8 +116,8 @@ def forms(videos: list[Path], folder: Path, *, repeat: int) -> list[tuple[str, s
     rows = []
     for name, paths in copies.items():
         mean_kib = statistics.mean(path.stat().st_size for path in paths) / 1024
-        rows.append((f"{name}: a video", f"{mean_kib:.0f}", "KiB"))
-        rows.append((f"{name}: a 32x2 clip", f"{statistics.median(milliseconds[name]):.1f}", "ms"))
+        rows.append((f"{name}: size per video", f"{mean_kib:.0f}", "KiB"))
+        rows.append((f"{name}: 32x2 clip", f"{statistics.median(milliseconds[name]):.1f}", "ms"))
     return rows
 
 
@@ -160,7 +160,7 @@ def run(command: list[str]) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of its children that have ended."""
+    """User and system time of this process and its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

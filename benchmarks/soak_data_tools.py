@@ -1,15 +1,14 @@
-"""All steps of data preparation over many clips, each killed at random times and run again.
+"""Run all steps of data preparation over many clips, with random kills.
 
-A web server on this machine serves generated clips as the CVDF's release is laid out, some of them
-broken, one replaced, one missing. download, extract, resize, verify, index and pack then run as
-separate processes that are killed with SIGKILL after random times, again and again, until they
-succeed. At the end everything must be as one undisturbed run over the same release leaves it: the
-same bytes of every copy, index and shard.
+A local web server serves generated clips in the layout of the CVDF release: some are broken, one is
+replaced, one is missing. download, extract, resize, verify, index and pack run as separate
+processes, which are killed with SIGKILL after random times and run again until they succeed. At the
+end every copy, index and shard must equal, byte for byte, that of an undisturbed run.
 
     python benchmarks/soak_data_tools.py            # 2,000 clips
     python benchmarks/soak_data_tools.py --clips 40
 
-Exit status 0 if all is as it must be.
+Exit status 0 if all files are equal.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
 import http.server
 import io
 import random
@@ -33,8 +31,9 @@ import pyarrow.parquet as pq
 
 from data_tools.make_motion_clips import MOTIONS, make_motion_clips
 from data_tools.processes import available_cpus
+from i3d_gn.files import file_sha256
 
-CLIPS_OF_AN_ARCHIVE = 50
+CLIPS_PER_ARCHIVE = 50
 
 
 def main() -> int:
@@ -76,11 +75,11 @@ def soak(folder: Path, *, num_clips: int, seed: int, workers: int) -> None:
     server.shutdown()
     server.server_close()
     check(folder, num_clips=num_clips, broken=broken)
-    print(f"{num_clips} clips, {kills} kills: as an undisturbed run leaves it")
+    print(f"{num_clips} clips, {kills} kills: equal to an undisturbed run")
 
 
 def publish(clips: list[Path], served: Path, rng: random.Random) -> dict[str, str]:
-    """Lay out the release; the ids of what is broken or missing, and how."""
+    """Write the release; return the ids of broken and missing videos."""
     rows, members = [], []
     broken: dict[str, str] = {}
     replacement = b""
@@ -106,7 +105,7 @@ def publish(clips: list[Path], served: Path, rng: random.Random) -> dict[str, st
         writer.writerow(["label", "youtube_id", "time_start", "time_end", "split", "is_cc"])
         writer.writerows(rows)
     (served / "train").mkdir()
-    parts = range(-(-len(members) // CLIPS_OF_AN_ARCHIVE))
+    parts = range(-(-len(members) // CLIPS_PER_ARCHIVE))
     for part in parts:
         of_part = members[part :: len(parts)]
         (served / "train" / f"part_{part}.tar.gz").write_bytes(tar_of(of_part))
@@ -130,10 +129,10 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; knows no ranges, so that interrupted downloads start anew."""
+    """Serves a folder without range requests, so that interrupted downloads start over."""
 
     def log_message(self, format, *arguments):
-        """Say nothing."""
+        """Do not log."""
 
 
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:
@@ -160,15 +159,15 @@ def steps(folder: Path, url: str, *, workers: int) -> list[list[str]]:
 
 
 def run_step(command: list[str], kill: random.Random | None) -> int:
-    """Run until it succeeds; how often it was killed. Each time it may live somewhat longer."""
+    """Run until it succeeds, with increasing time before the kill; return the number of kills."""
     kills = 0
     while True:
         process = subprocess.Popen(
-            [sys.executable, "-m", "i3d_gn.cli", *command], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "i3d_gn", *command], stdout=subprocess.DEVNULL
         )
         try:
-            patience = None if kill is None else kill.uniform(0.5, 4.0) * 1.3**kills
-            status = process.wait(patience)
+            timeout = None if kill is None else kill.uniform(0.5, 4.0) * 1.3**kills
+            status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -179,10 +178,10 @@ def run_step(command: list[str], kill: random.Random | None) -> int:
 
 
 def check(folder: Path, *, num_clips: int, broken: dict[str, str]) -> None:
-    """Both runs agree in every file, and the index has what it must have."""
-    kept = [file_hashes(folder / run) for run in ("undisturbed", "killed")]
-    assert kept[0].keys() == kept[1].keys(), kept[0].keys() ^ kept[1].keys()
-    different = [name for name in kept[0] if kept[0][name] != kept[1][name]]
+    """Check that both runs have equal files, and that the index is right."""
+    hashes = [file_hashes(folder / run) for run in ("undisturbed", "killed")]
+    assert hashes[0].keys() == hashes[1].keys(), hashes[0].keys() ^ hashes[1].keys()
+    different = [name for name in hashes[0] if hashes[0][name] != hashes[1][name]]
     assert not different, different
     rows = pq.read_table(folder / "killed" / "train.parquet").to_pylist()
     assert len(rows) == num_clips - len(broken)
@@ -196,13 +195,13 @@ def check(folder: Path, *, num_clips: int, broken: dict[str, str]) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Of all outputs. Ledgers and reports tell how it went, and unfinished files must be gone."""
+    """SHA-256 of all outputs except ledgers and reports, which differ between runs."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or "ledger" in name or name.endswith(".json"):
             continue
-        hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[name] = file_sha256(path)
     return hashes
 
 

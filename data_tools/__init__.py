@@ -1,5 +1,5 @@
-"""From the videos that people have to what training reads: make, resize and index them.
+"""Prepare videos for training: download, extract, resize, verify, index, pack. No torch.
 
-Each command is a file of its own, run as ``python data_tools/NAME.py`` or as a subcommand of
-``i3d-gn``; the other files are what they share.
+Each command is a file, run as `i3d-gn NAME` or `python data_tools/FILE.py`; the commands share the
+other files.
 """

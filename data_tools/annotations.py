@@ -1,13 +1,13 @@
-"""Read the lists of videos that people have, whatever their format, into one form.
+"""Read lists of videos and labels in the common formats.
 
-    source                      a video is named by          its label
-    official Kinetics CSV       youtube_id and its segment   name, none in the test list
-    JSON of 3D-ResNets-PyTorch  its key in ``database``      name
-    CSV with ``path,label``     path                         name or id
-    ``path label`` list         path                         name or id, after the last space
-    folder of class folders     where it lies                name of the folder
+    source                      video named by               label
+    official Kinetics CSV       youtube_id and segment       name, none in the test list
+    JSON of 3D-ResNets-PyTorch  key in `database`            name
+    CSV with `path,label`       path                         name or id
+    `path label` list           path                         name or id, after the last space
+    folder of class folders     path in the folder           name of the class folder
 
-Nothing here looks at a video, or whether it exists, except that a folder is its own list.
+Whether the listed files exist is not checked here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.class_names import Label
-from data_tools.files import find_videos, is_video_name
+from data_tools.find_videos import find_videos, is_video_name
 
 _SPLITS = {"training": "train", "validation": "val", "validate": "val", "testing": "test"}
 _INTEGER = re.compile(r"-?\d+")
@@ -30,9 +30,13 @@ _INTEGER = re.compile(r"-?\d+")
 class ListedVideo:
     """One entry of a list.
 
-    ``name`` is a path where ``is_path``, absolute or relative to the folder of videos; otherwise
-    the video is some file that is called ``name`` or ``video_id`` before its extension.
-    ``where`` is the place in the list (``val.csv:17``), for messages.
+    Attributes:
+        name: If `is_path`, a path, absolute or relative to the folder of videos; otherwise the
+            video is any file with the stem `name` or `video_id`.
+        label: Class name or id, None if the list has no label for it.
+        where: The place in the list, for messages (`val.csv:17`).
+        is_path: Whether `name` is a path.
+        video_id: The YouTube id.
     """
 
     name: str
@@ -44,10 +48,12 @@ class ListedVideo:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """A list as read.
+    """Contents of a list.
 
-    ``kind`` names the format found, ``further_class_names`` are classes that the source knows of
-    beyond those of ``videos``.
+    Attributes:
+        kind: The detected format.
+        videos: The entries, in the order of the list.
+        further_class_names: Classes that the source names, whether or not a video has them.
     """
 
     kind: str
@@ -56,23 +62,26 @@ class Annotations:
 
 
 def read_annotations(source: Path, *, split: str | None = None) -> Annotations:
-    """Read ``source`` in the format that it is found to have.
+    """Read `source`; its format is detected from its contents.
 
-    ``split`` (train, val, test, or as the source spells it) selects among the splits of an
-    official CSV or JSON, and must be given if there is more than one.
+    Args:
+        source: A list, or a folder of class folders.
+        split: The split to select from an official CSV or a JSON (train, val, test, or as spelled
+            in the source); required if the source has more than one.
 
-    Raises ``ValueError``, naming the line, for anything malformed, and for a source without videos.
+    Raises:
+        ValueError: For malformed entries, naming the line, and for a source without videos.
     """
     if source.is_dir():
         annotations = _read_class_folders(source)
     elif not source.is_file():
-        raise ValueError(f"there is no list or folder {source}")
+        raise ValueError(f"list or folder not found: {source}")
     elif source.suffix.lower() == ".json":
         annotations = _read_json(source, split=split)
     else:
         annotations = _read_text(source, split=split)
     if not annotations.videos:
-        raise ValueError(f"{source} ({annotations.kind}) lists no video")
+        raise ValueError(f"{source} ({annotations.kind}) lists no videos")
     return annotations
 
 
@@ -80,20 +89,20 @@ def _read_text(source: Path, *, split: str | None) -> Annotations:
     try:
         text = source.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is no text file in UTF-8: {error}") from None
+        raise ValueError(f"{source} is not a UTF-8 text file: {error}") from None
     first_line = next((line for line in text.splitlines() if line.strip()), "")
     header = {name.strip() for name in next(csv.reader([first_line]), [])}
     if "youtube_id" in header:
         return _read_official_csv(source, text, split=split)
     if split is not None:
-        raise ValueError(f"{source} has no splits to select {split!r} from; leave out --split")
+        raise ValueError(f"{source} has no splits, so --split {split} does not apply")
     if {"path", "label"} <= header:
         return _read_path_label_csv(source, text)
     return _read_path_label_list(source, text)
 
 
 def _read_official_csv(source: Path, text: str, *, split: str | None) -> Annotations:
-    """``label,youtube_id,time_start,time_end,split[,is_cc]``; the test list has no label."""
+    """`label,youtube_id,time_start,time_end,split[,is_cc]`; the test list has no label."""
     videos, splits = [], []
     for where, row in _csv_rows(source, text, required=("youtube_id", "time_start", "time_end")):
         youtube_id = row["youtube_id"]
@@ -101,7 +110,7 @@ def _read_official_csv(source: Path, text: str, *, split: str | None) -> Annotat
             start, end = int(row["time_start"]), int(row["time_end"])
         except ValueError:
             raise ValueError(
-                f"{where}: time_start and time_end must be whole seconds, not "
+                f"{where}: time_start and time_end must be integer seconds, not "
                 f"{row['time_start']!r} and {row['time_end']!r}"
             ) from None
         videos.append(
@@ -120,7 +129,7 @@ def _read_official_csv(source: Path, text: str, *, split: str | None) -> Annotat
 
 
 def _read_json(source: Path, *, split: str | None) -> Annotations:
-    """``{"labels": [...], "database": {key: {"subset": ..., "annotations": {"label": ...}}}}``."""
+    """`{"labels": [...], "database": {key: {"subset": ..., "annotations": {"label": ...}}}}`."""
     try:
         document = json.loads(source.read_text("utf-8-sig"))
         database = document["database"]
@@ -141,10 +150,10 @@ def _read_json(source: Path, *, split: str | None) -> Annotations:
             splits.append(entry["subset"])
         further_names = tuple(document.get("labels", ()))
         if not all(isinstance(name, str) for name in further_names):
-            raise TypeError(f"labels must be names, not {further_names!r:.80}")
+            raise TypeError(f"labels must be strings, not {further_names!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{source} is not in the JSON form of 3D-ResNets-PyTorch "
+            f"{source} is not in the JSON format of 3D-ResNets-PyTorch "
             f"(database -> id -> subset, annotations.label): {type(error).__name__}: {error}"
         ) from error
     return Annotations(
@@ -163,10 +172,10 @@ def _read_path_label_csv(source: Path, text: str) -> Annotations:
 
 
 def _read_path_label_list(source: Path, text: str) -> Annotations:
-    """``path label`` lines of mmaction2, PySlowFast and [NL]; ``path`` alone has no label.
+    """`path label` lines of mmaction2, PySlowFast and [NL]; a `path` alone has no label.
 
-    The path may hold spaces, so the label is what follows the last one. Lines of ``path,label``
-    without a header are taken too.
+    Paths may contain spaces: the label follows the last one. `path,label` lines without a header
+    are read too.
     """
     videos = []
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
@@ -180,21 +189,21 @@ def _read_path_label_list(source: Path, text: str) -> Annotations:
             if len(parts) < 2:
                 raise ValueError(
                     f"{where}: {line!r} is neither `path label` nor the path of a video; "
-                    "known formats are listed by --help"
+                    "see --help for the supported formats"
                 )
             path, label = parts[0].rstrip(), parts[1]
         videos.append(ListedVideo(name=path, label=_label(label), where=where, is_path=True))
     return Annotations(kind="`path label` list", videos=videos)
 
 
-# `clip.mp4,3`: the comma directly follows an extension. In `a, b.mp4 3` it does not.
+# In `clip.mp4,3` the comma follows an extension, in `a, b.mp4 3` it does not.
 _COMMA_BEFORE_LABEL = re.compile(r"\.\w{2,4},[^,/]+$")
 
 
 def _read_class_folders(root: Path) -> Annotations:
-    """``root/<class>/.../<video>``.
+    """`root/<class>/.../<video>`.
 
-    A folder without videos is a class too: ids must not depend on which videos happen to be there.
+    A folder without videos is a class too: ids must not depend on which videos are missing.
     """
     classes = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
@@ -208,26 +217,26 @@ def _read_class_folders(root: Path) -> Annotations:
     ]
     if not videos:
         raise ValueError(
-            f"{root} has no class folders with videos in them (expected <class>/<video>.mp4); for "
-            "a flat folder give the list as source and the folder as --videos"
+            f"{root} has no class folders with videos (expected <class>/<video>.mp4); for a flat "
+            "folder, pass its list as SOURCE and the folder as --videos"
         )
     return Annotations(kind="class folders", videos=videos, further_class_names=tuple(classes))
 
 
 def split_segment_name(stem: str) -> str:
-    """The YouTube id in a file's stem ``<id>_<start:06d>_<end:06d>``, or the whole stem."""
+    """The YouTube id in a file stem `<id>_<start:06d>_<end:06d>`, or the whole stem."""
     match = _SEGMENT_NAME.fullmatch(stem)
     return match["id"] if match else stem
 
 
-# Ids may contain and begin with "_" and "-", hence the anchoring at the end.
+# Ids may contain and begin with "_" and "-", so only the end identifies the segment.
 _SEGMENT_NAME = re.compile(r"(?P<id>.+)_\d{6}_\d{6}")
 
 
 def _csv_rows(
     source: Path, text: str, *, required: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as dictionaries, stripped, each with its place; blank lines are skipped."""
+    """Yield (place in the list, row with values stripped); blank lines are skipped."""
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
@@ -235,7 +244,7 @@ def _csv_rows(
         if None in row or any(value is None for value in row.values()):
             raise ValueError(
                 f"{where}: expected the {len(reader.fieldnames)} fields "
-                f"{','.join(reader.fieldnames)}; a name with a comma must be quoted"
+                f"{','.join(reader.fieldnames)}; quote names that contain a comma"
             )
         stripped = {name: value.strip() for name, value in row.items()}
         for name in required:
@@ -250,7 +259,9 @@ def _of_split(
     present = sorted(set(splits))
     if split is None:
         if len(present) > 1:
-            raise ValueError(f"{source} holds the splits {', '.join(present)}; choose by --split")
+            raise ValueError(
+                f"{source} has the splits {', '.join(present)}; select one with --split"
+            )
         return videos
     wanted = _SPLITS.get(split, split)
     chosen = [v for v, s in zip(videos, splits, strict=True) if _SPLITS.get(s, s) == wanted]

@@ -1,4 +1,4 @@
-"""Class names and ids: one list, in one order, for all splits of a data set."""
+"""Class names and ids: one class list, in one order, for all splits of a data set."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 
 from i3d_gn.video_io.index import UNKNOWN_LABEL, VideoIndex
 
-# A label as a source has it: an id, a name, or None where it has none.
+# A label in a list: an id, a name, or None for an unlabeled video.
 Label = int | str | None
 
 
 def read_label_map(path: Path) -> list[str]:
-    """Class names in the order of their ids: from a text file, one a line, or from an index.
+    """Class names in the order of their ids, from a text file (one per line) or an index.
 
-    Raises ``ValueError`` for an empty list or a name that occurs twice.
+    Raises:
+        ValueError: For an empty list, a name that occurs twice, or the classes of Kinetics-400 in
+            another order than the official one.
     """
     if path.suffix == ".parquet":
         names = list(VideoIndex.load(path).class_names)
@@ -24,38 +26,40 @@ def read_label_map(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").splitlines()
         names = [line.strip().strip('"') for line in lines if line.strip()]
     else:
-        raise ValueError(f"there is no label map {path}: a text file with one class name a line")
+        raise ValueError(
+            f"label map not found: {path} (a text file with one class name per line, or an index)"
+        )
     if not names:
-        raise ValueError(f"label map {path} names no class")
+        raise ValueError(f"label map {path} is empty")
     _ids_by_key(names, source=str(path))
     _check_official_order(names, source=str(path))
     return names
 
 
-# Of numbered ones, far beyond any data set: numbers larger than that are times, sizes or ids.
-_MOST_CLASSES = 1_000_000
+# More than any data set has: a larger number is not a label but a time, a size or another id.
+_MAX_CLASSES = 1_000_000
 
 # SHA-256 of the 400 names of Kinetics-400, sorted, joined by newlines.
 _KINETICS_400 = "a8dafb93a1204d4ecfa904f943ce5ee0c62ddeeb1df71aa1f96983fca17d777e"
 
 
 def _check_official_order(names: Sequence[str], *, source: str) -> None:
-    """Raise ``ValueError`` for the classes of Kinetics-400 in another order than the official one.
+    """Raise `ValueError` for the classes of Kinetics-400 in another order than the official one.
 
-    Published weights and lists number them in that order, Python's ``sorted``: with another one
-    every accuracy would silently be that of a shuffled class list.
+    Published weights and lists use the official order (Python's `sorted`): with any other, every
+    accuracy would silently be measured against shuffled classes.
     """
     keys = [_key(name) for name in names]
     in_order = sorted(keys)
-    if _are_kinetics_400(names) and keys != in_order:
+    if _is_kinetics_400(names) and keys != in_order:
         i = next(i for i, key in enumerate(keys) if key != in_order[i])
         raise ValueError(
-            f"{source} has the 400 classes of Kinetics in another than the official order: id {i} "
-            f"is {names[i]!r}, should be {in_order[i]!r}; sort the names"
+            f"{source} does not have the 400 classes of Kinetics in the official order: id {i} is "
+            f"{names[i]!r}, expected {in_order[i]!r}; sort the names"
         )
 
 
-def _are_kinetics_400(names: Sequence[str]) -> bool:
+def _is_kinetics_400(names: Sequence[str]) -> bool:
     in_order = sorted(_key(name) for name in names)
     return hashlib.sha256("\n".join(in_order).encode()).hexdigest() == _KINETICS_400
 
@@ -68,36 +72,40 @@ def label_ids(
     further_names: Sequence[str] = (),
     source: str,
 ) -> tuple[list[str], list[int]]:
-    """The class list and the id of each label in it.
+    """Return the class list, and the id of each label in it (-1 for None).
 
-    With ``class_names`` (a label map) ids are positions in it, spaces and underscores being equal.
-    Without, the class list is every name that occurs in ``labels`` or ``further_names``, in
-    Python's order, which is the official order of Kinetics. Labels that are numbers are ids
-    already. ``where`` says for each label where it stands.
+    Args:
+        labels: All names or all ids.
+        where: The place of each label, for messages.
+        class_names: A label map: ids are positions in it, and names match it with spaces and
+            underscores being equal. If None, the class list is all names in `labels` and
+            `further_names`, sorted as Python sorts, which is the official order of Kinetics.
+        further_names: Classes without a video.
+        source: Name of the label map or list, for messages.
 
-    Raises ``ValueError`` for a name or id that the class list lacks, and for numbers mixed with
-    names.
+    Raises:
+        ValueError: For a name or id that is not in the class list, and for ids mixed with names.
     """
     first_number = next((i for i, label in enumerate(labels) if isinstance(label, int)), None)
     first_name = next((i for i, label in enumerate(labels) if isinstance(label, str)), None)
     if first_number is not None and first_name is not None:
         raise ValueError(
-            f"labels must be all names or all numbers, but {where[first_number]} has the number "
+            f"labels must be all names or all ids, but {where[first_number]} has the id "
             f"{labels[first_number]} and {where[first_name]} the name {labels[first_name]!r}"
         )
     for label, place in zip(labels, where, strict=True):
-        if isinstance(label, int) and label >= _MOST_CLASSES and class_names is None:
+        if isinstance(label, int) and label >= _MAX_CLASSES and class_names is None:
             raise ValueError(
-                f"label {label} ({place}) would make {label + 1} classes, {_MOST_CLASSES} are the "
-                "most; is it a label at all? Lines are `path label`"
+                f"label {label} ({place}) would mean {label + 1} classes, more than the limit of "
+                f"{_MAX_CLASSES}; is it a label? Lines are `path label`"
             )
     if class_names is None:
         names = {_spelled(label) for label in labels if isinstance(label, str)}
         names |= {_spelled(name) for name in further_names}
         num_ids = 1 + max((label for label in labels if isinstance(label, int)), default=-1)
         class_names = _merge_spellings(sorted(names)) or [str(i) for i in range(num_ids)]
-        if _are_kinetics_400(class_names):
-            # "playing_drums" sorts behind "playing guitar", should folders be spelled both ways.
+        if _is_kinetics_400(class_names):
+            # With both spellings in use, "playing_drums" would sort after "playing guitar".
             class_names.sort(key=_key)
 
     ids_by_key = _ids_by_key(class_names, source=source)
@@ -120,15 +128,19 @@ def label_ids(
 def _unknown_message(unknown: dict[Label, str], class_names: Sequence[str], *, source: str) -> str:
     label, place = next(iter(unknown.items()))
     if isinstance(label, int):
-        problem = f"label {label} ({place}) is no id of the {len(class_names)} classes of {source}"
+        problem = (
+            f"label {label} ({place}) is not an id of the {len(class_names)} classes of {source}"
+        )
     else:
         nearest = difflib.get_close_matches(str(label), class_names, n=1)
-        hint = f", nearest is {nearest[0]!r}" if nearest else ""
-        problem = f"class {label!r} ({place}) is not among the {len(class_names)} of {source}{hint}"
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        problem = (
+            f"class {label!r} ({place}) is not one of the {len(class_names)} of {source}{hint}"
+        )
     others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     return (
-        f"{problem}{others}; train and val must share one class list: give the same complete "
-        "--label-map to both (a file with one name a line in the order of the ids, or the index "
+        f"{problem}{others}; train and val must share one class list: pass the same complete "
+        "--label-map for both (a file with one name per line in the order of the ids, or the index "
         "of the split that has all classes)"
     )
 
@@ -138,12 +150,12 @@ def _spelled(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """What is equal in two spellings of one name: folders have ``_`` where lists have a space."""
+    """Equal for all spellings of a name: folders have `_` where lists have a space."""
     return _spelled(name).replace("_", " ")
 
 
 def _merge_spellings(names: list[str]) -> list[str]:
-    """One spelling per class; of ``air drumming`` and ``air_drumming`` the one with spaces."""
+    """One spelling per class: of `air drumming` and `air_drumming`, the one with spaces."""
     first_spelling: dict[str, str] = {}
     for name in names:
         first_spelling.setdefault(_key(name), name)
@@ -155,8 +167,8 @@ def _ids_by_key(class_names: Sequence[str], *, source: str) -> dict[str, int]:
     for i, name in enumerate(class_names):
         if _key(name) in ids:
             raise ValueError(
-                f"{source} names the class {name!r} twice, with ids {ids[_key(name)]} and {i}; "
-                "each name must occur once (a space and an underscore count as the same)"
+                f"{source} has the class {name!r} twice, with ids {ids[_key(name)]} and {i}; "
+                "each name must occur once (spaces and underscores are equal)"
             )
         ids[_key(name)] = i
     return ids

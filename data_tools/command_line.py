@@ -1,4 +1,4 @@
-"""What the commands of this folder share: options, errors in one line, progress."""
+"""Options that the commands of this folder share, and how they run as scripts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
-
-from tqdm import tqdm
+from typing import NoReturn
 
 from data_tools.processes import available_cpus
-from data_tools.step import Execution, Shard
-
-T = TypeVar("T")
+from data_tools.step import RunOptions, Shard
+from i3d_gn.engine.command import run_command
 
 
 def new_parser(name: str, documentation: str | None) -> argparse.ArgumentParser:
-    """Make a parser that shows ``documentation``, a module's, as it is written."""
+    """A parser of the command `i3d-gn NAME`; `documentation`, a module's, is its help text."""
     return argparse.ArgumentParser(
-        prog=name,
+        prog=f"i3d-gn {name}",
         description=documentation,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -35,28 +31,28 @@ def add_process_options(parser: argparse.ArgumentParser, *, timeout_seconds: flo
         type=positive_int,
         default=available_cpus(),
         metavar="N",
-        help="processes (default: the cores of this machine, here %(default)s)",
+        help="number of processes (default: one per core of this machine, here %(default)s)",
     )
     parser.add_argument(
         "--timeout-seconds",
         type=positive_float,
         default=timeout_seconds,
         metavar="S",
-        help="give up an item that takes longer (default: %(default)g)",
+        help="give up on an item that takes longer (default: %(default)g)",
     )
 
 
-def add_execution_options(
+def add_run_options(
     parser: argparse.ArgumentParser, *, timeout_seconds: float, memory_gib: float = 4.0
 ) -> None:
-    """Add what says where and within which limits a step runs; see ``Execution``."""
+    """Add the options of `RunOptions`, with these defaults."""
     add_process_options(parser, timeout_seconds=timeout_seconds)
     parser.add_argument(
         "--memory-gib",
         type=positive_float,
         default=memory_gib,
         metavar="GIB",
-        help="give up an item that needs more memory; Linux only (default: %(default)g)",
+        help="give up on an item that needs more memory; Linux only (default: %(default)g)",
     )
     parser.add_argument(
         "--engine",
@@ -69,37 +65,31 @@ def add_execution_options(
         "--ray-address",
         default="auto",
         metavar="HOST:PORT",
-        help="the cluster (default: the one that this machine belongs to)",
+        help="address of the Ray cluster (default: the one this machine belongs to)",
     )
     parser.add_argument(
         "--shard",
         type=shard,
         metavar="I/N",
-        help="do only part I, from 0, of N parts, for instance "
-        "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
+        help="process only part I (from 0) of N, e.g. $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only say how much there is to do, and stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only print how much there is to do")
 
 
-def take_execution(arguments: argparse.Namespace) -> Execution:
-    """What ``add_execution_options`` asked for, which is removed from ``arguments``."""
-    options = vars(arguments)
-    return Execution(
-        memory_bytes=int(options.pop("memory_gib") * 2**30),
-        **{
-            name: options.pop(name)
-            for name in (
-                *("engine", "ray_address", "workers", "shard"),
-                *("timeout_seconds", "dry_run"),
-            )
-        },
-    )
+def parse_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """The parsed arguments by name; those of `add_run_options` become `run_options`."""
+    options = vars(parser.parse_args(argv))
+    if "engine" in options:
+        memory_bytes = int(options.pop("memory_gib") * 2**30)
+        names = ("engine", "ray_address", "workers", "shard", "timeout_seconds", "dry_run")
+        options["run_options"] = RunOptions(
+            memory_bytes=memory_bytes, **{name: options.pop(name) for name in names}
+        )
+    return options
 
 
 def shard(text: str) -> Shard:
-    """Parse ``I/N``."""
+    """Parse `I/N`."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
@@ -107,7 +97,7 @@ def shard(text: str) -> Shard:
 
 
 def positive_int(text: str) -> int:
-    """Parse an option that counts something."""
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
@@ -115,43 +105,18 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Parse an option that measures something."""
+    """Parse a finite number above 0."""
     value = float(text)
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{value:g} is not a number above 0")
     return value
 
 
-def run_command(name: str, command: Callable[[], int]) -> int:
-    """Run it; the exit status.
-
-    A ``ValueError`` is the user's to solve, an ``OSError`` the machine's (a full disk, a folder
-    that cannot be written to): both are printed as one line.
-    """
-    try:
-        return command()
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{name}: error: {error}; once that is mended, run it again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped; run it again to continue from here", file=sys.stderr)
-        return 130
-
-
 def run_script(file: str) -> NoReturn:
-    """Run the command that the script ``file`` of this folder is, and exit.
+    """Run the command whose script is `file`, in this folder, and exit with its status.
 
-    It is imported under its own name, since functions of ``__main__`` could not be imported by the
-    machines of a cluster.
+    The script is imported under its own name: machines of a Ray cluster cannot import functions
+    of `__main__`.
     """
-    sys.exit(importlib.import_module(f"data_tools.{Path(file).stem}").main())
-
-
-def with_progress(items: Iterable[T], *, total: int, done: int, description: str) -> Iterator[T]:
-    """Pass ``items`` on under a progress bar, or silently where stderr is no terminal."""
-    yield from tqdm(
-        items, total=total, initial=done, desc=description, unit="video", disable=None, leave=False
-    )
+    module = importlib.import_module(f"data_tools.{Path(file).stem}")
+    sys.exit(run_command(module.main))

@@ -1,19 +1,19 @@
-"""Download Kinetics-400 as the CVDF hosts it: archives, replacements and annotations.
+"""Download Kinetics-400 from the CVDF: archives, replacements and annotations.
 
-Below the base URL lie
-  annotations/SPLIT.csv                   the official lists
-  SPLIT/k400_SPLIT_path.txt               the URLs of that split's archives, one a line
-  replacement_for_corrupted_k400.tgz      better copies of some 1,400 training videos
-Everything goes to the same place below OUTPUT, the replacements to OUTPUT/replacement. As released
-these are 242 + 20 + 39 archives, some 450 GB in all.
+Layout below the base URL:
+  annotations/SPLIT.csv                   official lists
+  SPLIT/k400_SPLIT_path.txt               URLs of the archives of a split, one per line
+  replacement_for_corrupted_k400.tgz      better copies of about 1,400 training videos
+Files have the same layout below OUTPUT; replacements go to OUTPUT/replacement. The release has
+242 (train) + 20 (val) + 39 (test) archives, about 450 GB.
 
-A download that breaks off is continued where it stopped, by this run or the next; a file gets its
-name once it is complete and agrees with the size and MD5 that the server tells. Files that you have
-already, from wget for instance, are checked and completed if you put them in place.
+Interrupted downloads resume where they stopped. A file gets its final name once it is complete and
+matches the size and MD5 sent by the server. Files you already have, e.g. from wget, are checked and
+completed if you put them in their place.
 
-With another --base-url, archives listed under the official one are taken from there.
-OUTPUT/download.report.json lists every file with its size, how it was checked, or why it is not
-there. Exit status: 0 if all files are there, 1 if some are not, 2 for wrong arguments.
+With another --base-url, archives listed under the official URL are downloaded from there instead.
+OUTPUT/download.report.json lists every file with its size and how it was checked, or why it could
+not be downloaded. Exit status: 0 if all files are complete, 1 if not, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
+    parse_options,
     positive_float,
     positive_int,
-    run_command,
     run_script,
-    take_execution,
 )
-from data_tools.files import write_json
+from data_tools.file_status import has_size
 from data_tools.http_download import download
+from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
-from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
+from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
+from i3d_gn.files import write_json
 
 OFFICIAL_BASE_URL = "https://s3.amazonaws.com/kinetics/400"
 SPLITS = ("train", "val", "test")
 REPLACEMENTS = "replacement_for_corrupted_k400.tgz"
-_MOST_SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("download_kinetics", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("download", __doc__)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the archives")
     parser.add_argument(
         "--splits",
@@ -60,28 +60,24 @@ def main(argv: list[str] | None = None) -> int:
         "--base-url",
         default=OFFICIAL_BASE_URL,
         metavar="URL",
-        help="where the release lies (default: %(default)s)",
+        help="URL of the release (default: %(default)s)",
     )
     parser.add_argument(
         "--attempts",
         type=positive_int,
         default=8,
         metavar="N",
-        help="give up a file after so many failures without progress (default: %(default)s)",
+        help="give up on a file after N failures without progress (default: %(default)s)",
     )
     parser.add_argument(
         "--stall-seconds",
         type=positive_float,
         default=60,
         metavar="S",
-        help="give up a connection that brings nothing for so long (default: %(default)g)",
+        help="drop a connection that sends nothing for S seconds (default: %(default)g)",
     )
-    add_execution_options(parser, timeout_seconds=24 * 3600)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-    return run_command(
-        "download_kinetics", lambda: download_kinetics(**vars(arguments), execution=execution)
-    )
+    add_run_options(parser, timeout_seconds=24 * 3600)
+    return download_kinetics(**parse_options(parser, argv))
 
 
 def download_kinetics(
@@ -91,11 +87,12 @@ def download_kinetics(
     base_url: str,
     attempts: int,
     stall_seconds: float,
-    execution: Execution,
+    run_options: RunOptions,
 ) -> int:
-    """Download what is missing of the release; the exit status.
+    """Download the missing files of the release and return the exit status.
 
-    Raises ``ValueError`` if a split's list of archives cannot be had.
+    Raises:
+        ValueError: If the list of archives of a split cannot be downloaded.
     """
     output = output.absolute()
     base_url = base_url.rstrip("/")
@@ -103,8 +100,8 @@ def download_kinetics(
     files = {f"annotations/{split}.csv": f"{base_url}/annotations/{split}.csv" for split in splits}
     if "train" in splits:
         files[f"replacement/{REPLACEMENTS}"] = f"{base_url}/{REPLACEMENTS}"
-    # A dry run has to know the lists, but leaves nothing behind.
-    with tempfile.TemporaryDirectory() if execution.dry_run else nullcontext(output) as lists:
+    # A dry run needs the lists too, but leaves no files.
+    with tempfile.TemporaryDirectory() if run_options.dry_run else nullcontext(output) as lists:
         for split in splits:
             path_list = Path(lists, split, f"k400_{split}_path.txt")
             url = f"{base_url}/{split}/{path_list.name}"
@@ -120,22 +117,23 @@ def download_kinetics(
         [Item(key=name, fingerprint=url, argument=(url, name)) for name, url in files.items()],
         name="download",
         ledger_path=output / ".download.ledger.jsonl",
-        execution=execution,
-        is_intact=lambda name, done: _size_of(output / name) == done["num_bytes"],
+        run_options=run_options,
+        is_intact=lambda name, done: has_size(output / name, done["num_bytes"]),
         unit="file",
     )
-    if execution.dry_run or step.left:
-        print_unfinished(step, execution)
-    if execution.dry_run:
+    if run_options.dry_run or step.left:
+        print_unfinished(step, run_options)
+    if run_options.dry_run:
         return 0
-    _report(output, files, step, execution)
+    _report(output, files, step, run_options)
     return 1 if step.failures else 0
 
 
 def archive_urls(path_list: Path, *, base_url: str) -> list[str]:
-    """The archives of a split from its list: full URLs, or names beside the list.
+    """URLs of the archives in the list of a split, which holds URLs or names beside the list.
 
-    Raises ``ValueError`` for a list without archives, as an error page has none.
+    Raises:
+        ValueError: For a list without archives, such as an error page.
     """
     split = path_list.parent.name
     urls = []
@@ -148,7 +146,7 @@ def archive_urls(path_list: Path, *, base_url: str) -> list[str]:
             urls.append(f"{base_url}/{split}/{line}")
     if not urls or not all(url.endswith((".tar.gz", ".tgz", ".tar")) for url in urls):
         raise ValueError(
-            f"{path_list} is no list of archives; delete it, check --base-url and run again"
+            f"{path_list} is not a list of archives; delete it, check --base-url and run again"
         )
     return urls
 
@@ -161,21 +159,18 @@ def _fetch(
     return {"num_bytes": done.num_bytes, "checked": done.checked}
 
 
-def _report(output: Path, files: dict[str, str], step: StepResult, execution: Execution) -> None:
+def _report(output: Path, files: dict[str, str], step: StepResult, run_options: RunOptions) -> None:
     gigabytes = sum(done["num_bytes"] for done in step.results.values()) / 1e9
     print(
-        f"{output}: {len(step.results) - step.num_kept} files downloaded, {step.num_kept} there "
-        f"already, {len(step.failures)} failed; {gigabytes:.2f} GB"
+        f"{output}: {len(step.results) - step.num_kept} files downloaded, {step.num_kept} already "
+        f"there, {len(step.failures)} failed; {gigabytes:.2f} GB"
     )
     for how in ("md5", "size", "nothing"):
         count = sum(done["checked"] == how for done in step.results.values())
         if count:
             print(f"    checked by {how}: {count}")
-    for name, reason in sorted(step.failures.items())[:_MOST_SHOWN]:
-        print(f"    {name}: {reason}")
-    if len(step.failures) > _MOST_SHOWN:
-        print(f"    ... and {len(step.failures) - _MOST_SHOWN} more")
-    part = "" if execution.shard is None else f".{execution.shard}"
+    print_first([f"{name}: {reason}" for name, reason in sorted(step.failures.items())])
+    part = "" if run_options.shard is None else f".{run_options.shard}"
     report = output / f"download{part}.report.json"
     write_json(
         report,
@@ -195,13 +190,6 @@ def _report(output: Path, files: dict[str, str], step: StepResult, execution: Ex
         },
     )
     print(f"report: {report}")
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

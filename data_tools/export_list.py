@@ -1,14 +1,14 @@
-"""Write an index as one of the lists that other programs read.
+"""Write an index as a list for other programs.
 
 FORMAT is
-  list      `path label` lines with ids, of mmaction2, PySlowFast and video-nonlocal-net
+  list      `path label` lines with ids, as for mmaction2, PySlowFast and video-nonlocal-net
   csv       path,label with a header and class names
-  json      that of 3D-ResNets-PyTorch: labels, and database -> id -> subset, annotations.label,
-            where the subsets are called training, validation and testing
-  labels    class names, one a line in the order of the ids (a --label-map)
-`index` reads all of them, and gives the videos the same labels again. Paths are relative to the
-index's folder of videos, or absolute with --absolute. Videos without a label are -1, or left out of
-what names labels.
+  json      as for 3D-ResNets-PyTorch: labels, and database -> id -> subset, annotations.label;
+            the subsets are training, validation and testing
+  labels    class names, one per line in the order of the ids (a --label-map)
+`i3d-gn index` reads all of these and assigns the same labels. Paths are relative to the index's
+folder of videos, or absolute with --absolute. Videos without a label get id -1 in a list and an
+entry without a label in a JSON; a CSV does not contain them.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ import csv
 import io
 from pathlib import Path, PurePosixPath
 
-from data_tools.command_line import new_parser, run_command, run_script
-from data_tools.files import atomic_output, write_json
+from data_tools.command_line import new_parser, parse_options, run_script
+from i3d_gn.files import write_json, write_text
 from i3d_gn.video_io.index import VideoIndex
 
 FORMATS = ("list", "csv", "json", "labels")
-# As 3D-ResNets-PyTorch asks for them; any other name is written as it is.
+# The names of 3D-ResNets-PyTorch; other names are written unchanged.
 _SUBSETS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("export_list", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("export", __doc__)
     parser.add_argument("index", type=Path, metavar="INDEX", help="the index, NAME.parquet")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the list")
     parser.add_argument("--format", choices=FORMATS, default="list", help="(default: %(default)s)")
     parser.add_argument("--absolute", action="store_true", help="write absolute paths")
     parser.add_argument(
-        "--split", default="train", metavar="NAME", help="subset in a json (default: %(default)s)"
+        "--split", default="train", metavar="NAME", help="subset of a JSON (default: %(default)s)"
     )
-    arguments = parser.parse_args(argv)
-    return run_command("export_list", lambda: export_list(**vars(arguments)))
+    return export_list(**parse_options(parser, argv))
 
 
 def export_list(index: Path, output: Path, *, format: str, absolute: bool, split: str) -> int:
-    """Write ``output``; the exit status.
+    """Write `output` and return the exit status.
 
-    Raises ``ValueError`` for an index that cannot be read, or that the format has no place for.
+    Raises:
+        ValueError: For an index that cannot be read, or cannot be written in this format.
     """
     videos = VideoIndex.load(index)
     if videos.is_packed and format != "labels":
         raise ValueError(
-            f"{index} is of packed videos, which have no paths; export the loose index"
+            f"{index} lists packed videos, which have no paths; export the index that was packed"
         )
     names = videos.class_names
     labels = videos.labels.tolist()
@@ -57,8 +57,8 @@ def export_list(index: Path, output: Path, *, format: str, absolute: bool, split
         keys = [PurePosixPath(path).stem for path in paths]
         if len(set(keys)) != len(keys):
             raise ValueError(
-                f"{index} has files of one name in several folders, which a json keyed by names "
-                "cannot hold; choose another format"
+                f"{index} has files of the same name in several folders, but entries of a JSON are "
+                "keyed by name; choose another format"
             )
         subset = _SUBSETS.get(split, split)
         database = {
@@ -78,8 +78,7 @@ def export_list(index: Path, output: Path, *, format: str, absolute: bool, split
         writer.writerows(
             (path, names[label]) for path, label in zip(paths, labels, strict=True) if label >= 0
         )
-    with atomic_output(output) as temporary:
-        temporary.write_text(text.getvalue(), "utf-8")
+    write_text(output, text.getvalue())
     return 0
 
 

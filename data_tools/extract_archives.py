@@ -1,16 +1,16 @@
-"""Extract the videos of downloaded archives, with replacements for corrupted ones applied.
+"""Extract the videos of downloaded archives and replace corrupted ones.
 
 Every .tar, .tar.gz and .tgz below ARCHIVES is extracted to the same folder below OUTPUT. Archives
-called replacement* come first; a video of another archive with the same 11-character YouTube id is
-not written, the replacement takes its place and name.
+called replacement* are extracted first; each of their videos takes the place and name of a video in
+another archive with the same 11-character YouTube id.
 
-Only video files are written, and only below OUTPUT: links, devices and paths that lead out are
-refused and reported. A video appears only when complete. After a stop run the same command again:
-finished archives are skipped, and of others the videos that are there already. A damaged archive
-yields the videos before the damage and is reported: delete it and download it again.
+Only video files are written, and only below OUTPUT: links, devices and paths that lead outside are
+refused and reported. A video appears only when complete. To resume, run the same command again:
+finished archives are skipped, and so are existing videos of the others. From a damaged archive the
+videos before the damage are extracted, and it is reported: delete it and download it again.
 
-OUTPUT/extract.report.json has the counts, what was refused or failed, and which videos were
-replaced. Exit status: 0, or 1 if an archive failed, 2 for wrong arguments.
+OUTPUT/extract.report.json has the counts, refused members, failed archives and replaced videos.
+Exit status: 0, or 1 if an archive failed, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -28,66 +28,58 @@ from typing import Any, BinaryIO, cast
 
 from data_tools.annotations import split_segment_name
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
-    run_command,
+    parse_options,
     run_script,
-    take_execution,
 )
-from data_tools.files import (
-    atomic_output,
-    is_video_name,
-    remove_unfinished,
-    write_json,
-)
-from data_tools.ledger import file_fingerprint
+from data_tools.file_status import file_fingerprint
+from data_tools.find_videos import is_video_name
+from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
-from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
+from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
+from i3d_gn.files import atomic_output, remove_unfinished, write_json
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
-_MOST_SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("extract_archives", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("extract", __doc__)
     parser.add_argument("archives", type=Path, metavar="ARCHIVES", help="folder of archives")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the videos")
-    add_execution_options(parser, timeout_seconds=6 * 3600)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-    return run_command(
-        "extract_archives", lambda: extract_archives(**vars(arguments), execution=execution)
-    )
+    add_run_options(parser, timeout_seconds=6 * 3600)
+    return extract_archives(**parse_options(parser, argv))
 
 
-def extract_archives(archives: Path, output: Path, *, execution: Execution) -> int:
-    """Extract what is missing; the exit status.
+def extract_archives(archives: Path, output: Path, *, run_options: RunOptions) -> int:
+    """Extract the missing videos and return the exit status.
 
-    Raises ``ValueError`` if there are no archives or a replacement archive cannot be read.
+    Raises:
+        ValueError: If there are no archives, or a replacement archive cannot be read.
     """
     archives, output = archives.resolve(), output.absolute()
     names = _find_archives(archives)
     if not names:
-        raise ValueError(f"{archives} holds no archive ({', '.join(_ENDINGS)})")
+        raise ValueError(f"no archives ({', '.join(_ENDINGS)}) found below {archives}")
     replacing = [name for name in names if _is_replacement(name)]
-    first = _extract_all(archives, output, replacing, {}, _unsharded(execution))
+    first = _extract_all(archives, output, replacing, {}, _unsharded(run_options))
     if first.failures:
         name, reason = next(iter(first.failures.items()))
-        raise ValueError(f"{archives / name}: {reason}; replacements must be complete")
-    # By id; several replacements of one video do not occur, the last by name would win.
+        raise ValueError(f"{archives / name}: {reason}; archives of replacements must be complete")
+    # By id. The release has one replacement per video; of several, the last by name is used.
     replacements = {
         split_segment_name(PurePosixPath(path).stem): path
         for name in replacing
         for path in first.results.get(name, {"videos": ()})["videos"]
     }
     others = [name for name in names if not _is_replacement(name)]
-    step = _extract_all(archives, output, others, replacements, execution)
-    if execution.dry_run or step.left:
-        print_unfinished(step, execution)
-    if execution.dry_run:
+    step = _extract_all(archives, output, others, replacements, run_options)
+    if run_options.dry_run or step.left:
+        print_unfinished(step, run_options)
+    if run_options.dry_run:
         return 0
-    _report(output, first, step, replacements, execution)
+    _report(output, first, step, replacements, run_options)
     return 1 if step.failures else 0
 
 
@@ -96,7 +88,7 @@ def _extract_all(
     output: Path,
     names: list[str],
     replacements: dict[str, str],
-    execution: Execution,
+    run_options: RunOptions,
 ) -> StepResult:
     digest = zlib.crc32("\n".join(sorted(replacements.values())).encode())
     return run_step(
@@ -111,15 +103,15 @@ def _extract_all(
         ],
         name="extract",
         ledger_path=output / ".extract.ledger.jsonl",
-        execution=execution,
+        run_options=run_options,
         is_intact=lambda name, done: all((output / path).is_file() for path in done["videos"]),
         unit="archive",
     )
 
 
-def _unsharded(execution: Execution) -> Execution:
-    """Every shard needs all replacements: those who come later find them there."""
-    return Execution(**{**vars(execution), "shard": None})
+def _unsharded(run_options: RunOptions) -> RunOptions:
+    """Every shard needs all replacements; the first to run extracts them."""
+    return RunOptions(**{**vars(run_options), "shard": None})
 
 
 def _extract_item(
@@ -133,7 +125,7 @@ def _extract_item(
     try:
         with _open_tar(archives / name) as tar:
             for member in tar:
-                if member.isdir() or _is_clutter(member.name):
+                if member.isdir() or _is_skipped(member.name):
                     continue
                 reason = _why_refused(member)
                 if reason is not None:
@@ -146,7 +138,7 @@ def _extract_item(
                 if replacement is not None:
                     _place_copy(output / replacement, target)
                     replaced.append((folder / path).as_posix())
-                elif not _is_there(target, member):
+                elif not _is_extracted(target, member):
                     _write(tar, member, target)
                 written.add(path.as_posix())
                 num_videos += 1
@@ -157,7 +149,7 @@ def _extract_item(
             "download it again"
         ) from error
     remove_unfinished(output / folder, written)
-    # Of others they are not kept, since they may be deleted once there are copies.
+    # Not recorded for other archives: their videos may be deleted once they are resized.
     videos = sorted((folder / path).as_posix() for path in written) if _is_replacement(name) else []
     return {
         "videos": videos,
@@ -170,10 +162,10 @@ def _extract_item(
 
 @contextlib.contextmanager
 def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """Members of an archive in order; at the end it must have been whole.
+    """Open an archive to read its members in order, and check at the end that it was complete.
 
-    ``tarfile`` takes a broken header in the middle, or the lack of any, for the end. The true end
-    is a block of zeros, and of gzip the checksum behind it.
+    `tarfile` takes a damaged or missing header in the middle for the end of the archive. The real
+    end is a block of zeros, followed by the checksum of gzip.
     """
     open_archive = open if path.name.endswith(".tar") else gzip.open
     with open_archive(path, "rb") as stream:
@@ -181,13 +173,13 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(fileobj=cast("BinaryIO", watched), mode="r:") as tar:
             yield tar
             if watched.last_block.strip(b"\0") or not watched.last_block:
-                raise tarfile.ReadError("the archive breaks off or its next header is damaged")
+                raise tarfile.ReadError("the archive is truncated or its next header is damaged")
             while stream.read(2**20):
                 pass
 
 
 class _LastBlock:
-    """A readable file that remembers what was read last."""
+    """A readable file that keeps the last block read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -199,27 +191,27 @@ class _LastBlock:
         return self.last_block
 
 
-def _is_clutter(name: str) -> bool:
-    """What is no video, and hidden files such as copying programs leave behind."""
+def _is_skipped(name: str) -> bool:
+    """Whether a member is not a video, or hidden, such as the files copying programs leave."""
     base = PurePosixPath(name).name
     return base.startswith(".") or not is_video_name(base)
 
 
 def _why_refused(member: tarfile.TarInfo) -> str | None:
     if not member.isreg():
-        return "a link" if member.islnk() or member.issym() else "no regular file"
+        return "a link" if member.islnk() or member.issym() else "not a regular file"
     if member.issparse():
         return "a sparse file, which could fill the disk from a few bytes"
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-        return "its path leads out of the folder"
+        return "its path leads outside the folder"
     if any(0xD800 <= ord(character) <= 0xDFFF for character in member.name):
         return "its name is not UTF-8"
     return None
 
 
-def _is_there(target: Path, member: tarfile.TarInfo) -> bool:
-    """Extracted by an earlier run, and not changed since."""
+def _is_extracted(target: Path, member: tarfile.TarInfo) -> bool:
+    """Whether an earlier run extracted the member, and the file has not changed since."""
     try:
         status = target.stat()
     except FileNotFoundError:
@@ -234,18 +226,18 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
         with open(temporary, "wb") as file:
             shutil.copyfileobj(source, file)
         if temporary.stat().st_size != member.size:
-            raise tarfile.ReadError(f"{member.name} breaks off")
+            raise tarfile.ReadError(f"{member.name} is truncated")
         os.utime(temporary, (member.mtime, member.mtime))
 
 
 def _place_copy(replacement: Path, target: Path) -> None:
-    """The replacement under the name of what it replaces, without using its space twice."""
+    """Place a replacement under the name of the replaced video, as a hard link if possible."""
     if target.exists() and os.path.samefile(replacement, target):
         return
     with atomic_output(target) as temporary:
         try:
             os.link(replacement, temporary)
-        except OSError:  # Not every file system has hard links.
+        except OSError:  # Some file systems have no hard links.
             shutil.copy2(replacement, temporary)
 
 
@@ -266,7 +258,7 @@ def _report(
     first: StepResult,
     step: StepResult,
     replacements: dict[str, str],
-    execution: Execution,
+    run_options: RunOptions,
 ) -> None:
     results = {**first.results, **step.results}
     replaced = [path for done in step.results.values() for path in done["replaced"]]
@@ -281,18 +273,18 @@ def _report(
     num_bytes = sum(done["num_bytes"] for done in step.results.values())
     print(
         f"{output}: {num_videos} videos, {num_bytes / 1e9:.2f} GB from {len(step.results)} "
-        f"archives ({step.num_kept} done before); {len(replaced)} videos replaced"
+        f"archives ({step.num_kept} already done); {len(replaced)} videos replaced"
     )
-    for name, reason in sorted(step.failures.items())[:_MOST_SHOWN]:
-        print(f"    {name}: {reason}")
-    for entry in refused[:_MOST_SHOWN]:
-        print(f"    {entry['archive']}: refused {entry['member']!r}: {entry['reason']}")
+    print_first([f"{name}: {reason}" for name, reason in sorted(step.failures.items())])
+    print_first(
+        [f"{entry['archive']}: refused {entry['member']!r}: {entry['reason']}" for entry in refused]
+    )
     if unused and not (step.left or step.failures):
         print(
-            f"    {len(unused)} replacements are for videos that no archive holds; they are in "
+            f"    {len(unused)} replacements are for videos that are in no archive; they are in "
             f"{output / PurePosixPath(unused[0]).parent}"
         )
-    part = "" if execution.shard is None else f".{execution.shard}"
+    part = "" if run_options.shard is None else f".{run_options.shard}"
     report = output / f"extract{part}.report.json"
     write_json(
         report,

@@ -1,4 +1,4 @@
-"""Write frames as an H.264 mp4 with x264, in this process."""
+"""Encode frames as an H.264 mp4 with x264."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import av
 
 @dataclass(frozen=True, kw_only=True)
 class X264Options:
-    """What x264 is told, under its own names.
+    """Options of x264, under its own names.
 
-    ``crf`` is the quality (lower is better, 18 hardly visibly worse than the source), ``gop`` the
-    most frames from one keyframe to the next, ``tune`` None for none.
+    Attributes:
+        crf: Quality; lower is better, 18 is visually almost lossless.
+        gop: Maximum number of frames from one keyframe to the next.
+        preset: Trade-off of speed and size, "ultrafast" to "veryslow".
+        tune: Kind of video or decoder to tune for, None for none.
     """
 
     crf: float
@@ -27,19 +30,25 @@ class X264Options:
 def write_h264(
     path: Path, frames: Iterable[av.VideoFrame], *, frame_rate: Fraction, options: X264Options
 ) -> int:
-    """Encode all ``frames`` to ``path``, return how many.
+    """Encode all `frames` to `path` and return their number.
 
-    They are yuv420p of one even size, in presentation order, with strictly increasing timestamps
-    from 0 in one time base, which the file keeps; colour tags are taken from the first.
-    ``frame_rate`` is the nominal one. The same frames give the same bytes, on any machine.
+    The same frames give the same bytes on any machine.
+
+    Args:
+        path: The mp4 file.
+        frames: yuv420p frames of one even size in presentation order, with strictly increasing
+            timestamps from 0 in one time base, which the file keeps. Color tags are those of the
+            first frame.
+        frame_rate: The nominal frame rate.
+        options: Options of x264.
     """
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         encoder_options = {
             "crf": f"{options.crf:g}",
             "g": str(options.gop),
             "preset": options.preset,
-            # x264's fast macroblock-tree code (mbtree) depends on the processor, and on AVX-512
-            # gives other bytes from run to run unless pictures are a multiple of 128 pixels wide.
+            # The fast macroblock-tree code of x264 depends on the processor. With AVX-512 its
+            # output even differs between runs unless the width is a multiple of 128 pixels.
             "x264-params": "cpu-independent=1",
         }
         if options.tune is not None:
@@ -59,7 +68,7 @@ def write_h264(
                 context.colorspace = frame.colorspace
                 context.color_primaries = frame.color_primaries
                 context.color_trc = frame.color_trc
-            # x264 chooses frame types; those of the source would force its own keyframes.
+            # Let x264 choose frame types: those of the source would force its keyframes.
             frame.pict_type = 0
             container.mux(stream.encode(frame))
             num_frames += 1

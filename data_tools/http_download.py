@@ -1,8 +1,8 @@
-"""Fetch one file over HTTP: continued where it broke off, checked by all that the server tells.
+"""Download one file over HTTP, resuming partial downloads and checking size and MD5.
 
 name                   complete and checked
-.name.download         the bytes so far
-.name.download.json    which version of the file they belong to (ETag or Last-Modified)
+.name.download         the bytes received so far
+.name.download.json    the version of the file they belong to (ETag or Last-Modified)
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.files import lock, write_json
+from data_tools.file_lock import lock_file
 from data_tools.processes import ItemFailure
+from i3d_gn.files import write_json
 
 _BLOCK_BYTES = 2**18
 _LONGEST_WAIT_SECONDS = 60.0
-# Worth another try whatever the number of attempts so far.
+# Client errors that a later attempt may not get.
 _TEMPORARY_STATUS = frozenset({408, 425, 429})
-# Buckets answer 403 for a missing file, but a busy one for a moment too: these get one more try.
-_TRIES_OF_A_REFUSED_FILE = 2
+# Buckets answer 403 for a missing file, but also briefly when they are busy: hence a second try.
+_ATTEMPTS_AFTER_CLIENT_ERROR = 2
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What was fetched; ``checked`` is "md5", "size" or "nothing", the best the server allowed."""
+    """Size of the file, and how it was checked: by "md5", "size" or "nothing"."""
 
     num_bytes: int
     checked: str
 
 
-class _Broken(Exception):  # noqa: N818
-    """An attempt that did not bring the whole file; another may."""
+class _AttemptFailed(Exception):  # noqa: N818
+    """A failed attempt; another one may succeed."""
 
     def __init__(
         self, reason: str, *, status: int = 0, wait_seconds: float = 0.0, md5: str | None = None
@@ -63,14 +64,15 @@ def download(
     stall_seconds: float,
     first_wait_seconds: float = 1.0,
 ) -> Downloaded:
-    """Fetch ``url`` as ``path``, which appears complete and checked or not at all.
+    """Download `url` to `path`, which appears complete and checked or not at all.
 
-    A connection that brings nothing for ``stall_seconds`` is given up. After a failure the next
-    attempt continues from the bytes there are, after a wait that doubles from
-    ``first_wait_seconds``; attempts count from anew whenever one has made progress. A file that is
-    at ``path`` already is taken for the beginning of the download, so that it gets checked.
+    A connection that sends nothing for `stall_seconds` is dropped. After a failure the next attempt
+    resumes from the bytes received so far, after a wait that starts at `first_wait_seconds` and
+    doubles each time; progress resets the count of attempts. A file that already exists at `path`
+    is treated as a partial download, so that it is checked too.
 
-    Raises ``ItemFailure`` with the last reason.
+    Raises:
+        ItemFailure: If all attempts fail, with the last reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked_part(path) as part:
@@ -78,19 +80,21 @@ def download(
         furthest = part.seek(0, os.SEEK_END)
         while True:
             try:
-                headers, expected_bytes = _fetch_rest(url, path, part, stall_seconds=stall_seconds)
+                headers, expected_bytes = _download_rest(
+                    url, path, part, stall_seconds=stall_seconds
+                )
                 checked = _check(part, headers, expected_bytes, rejected_md5=rejected_md5)
                 break
-            except (OSError, http.client.HTTPException, _Broken) as error:
+            except (OSError, http.client.HTTPException, _AttemptFailed) as error:
                 status = getattr(error, "status", 0)
                 rejected_md5 = getattr(error, "md5", None) or rejected_md5
                 reached = part.seek(0, os.SEEK_END)
                 failed = 1 if reached > furthest else failed + 1
                 furthest = max(furthest, reached)
                 refused = 400 <= status < 500 and status not in _TEMPORARY_STATUS
-                if failed >= (min(attempts, _TRIES_OF_A_REFUSED_FILE) if refused else attempts):
-                    tries = f"after {failed} attempts" if failed > 1 else "at once"
-                    raise ItemFailure(f"{_reason(error)} (given up {tries})") from error
+                if failed >= (min(attempts, _ATTEMPTS_AFTER_CLIENT_ERROR) if refused else attempts):
+                    tries = f"{failed} attempts" if failed > 1 else "1 attempt"
+                    raise ItemFailure(f"{_reason(error)} (gave up after {tries})") from error
                 backoff = first_wait_seconds * 2 ** (failed - 1) * random.uniform(0.5, 1.5)
                 wait = max(backoff, getattr(error, "wait_seconds", 0.0))
                 time.sleep(min(wait, _LONGEST_WAIT_SECONDS))
@@ -100,14 +104,14 @@ def download(
     return Downloaded(num_bytes, checked)
 
 
-def _fetch_rest(
+def _download_rest(
     url: str, path: Path, part: BinaryIO, *, stall_seconds: float
 ) -> tuple[http.client.HTTPMessage, int | None]:
-    """Append what is missing; the answer's headers, and the size of the whole file if known."""
+    """Append the missing bytes; return the response headers and the file's size if known."""
     have = part.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
     if have:
-        # From the last byte there is, not the one after it: then a complete file has an answer too.
+        # From the last byte received, not the one after: for a complete file that is a valid range.
         request.add_header("Range", f"bytes={have - 1}-")
         version = _read_version(path)
         if version:
@@ -116,9 +120,9 @@ def _fetch_rest(
         response = urllib.request.urlopen(request, timeout=stall_seconds)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416:  # The file has become shorter than what we have of another.
+            if error.code == 416:  # The file is shorter now than our part of an older version.
                 part.truncate(0)
-            raise _Broken(
+            raise _AttemptFailed(
                 f"HTTP {error.code} {error.reason}",
                 status=error.code if error.code != 416 else 0,
                 wait_seconds=_retry_after(error.headers),
@@ -127,14 +131,14 @@ def _fetch_rest(
         headers = response.headers
         length = _integer(headers.get("Content-Length"))
         if response.status == 206:
-            total = _continued_from(headers, have - 1)
+            total = _size_in_content_range(headers, have - 1)
             _check_version(path, part, headers)
             part.seek(have - 1)
             length = None if length is None else have - 1 + length
             if total is not None and total < have:
                 part.truncate(0)
-                raise _Broken(f"the file has {total} bytes, {have} are there already")
-        else:  # The whole file: the server knows no ranges, or has another version of it.
+                raise _AttemptFailed(f"the file has {total} bytes, but {have} were received before")
+        else:  # The whole file: the server ignores ranges, or has another version of it.
             total = length
             part.truncate(0)
             part.seek(0)
@@ -145,7 +149,7 @@ def _fetch_rest(
     num_bytes = part.tell()
     for expected in (length, total):
         if expected is not None and num_bytes != expected:
-            raise _Broken(f"the connection broke off at byte {num_bytes} of {expected}")
+            raise _AttemptFailed(f"the connection closed at byte {num_bytes} of {expected}")
     return headers, total
 
 
@@ -156,7 +160,7 @@ def _check(
     *,
     rejected_md5: str | None,
 ) -> str:
-    """How the complete file was checked; ``rejected_md5`` is what an earlier attempt brought."""
+    """How the complete file was checked; `rejected_md5` is the MD5 of an earlier attempt."""
     size_checked = "nothing" if expected_bytes is None else "size"
     wanted, is_certain = _md5_of_headers(headers)
     part_counts = _multipart_sizes(headers, part.seek(0, os.SEEK_END))
@@ -169,14 +173,14 @@ def _check(
     if found == wanted:
         return "md5"
     if found == rejected_md5 and not is_certain:
-        # Twice the same bytes: then the ETag is something else, as encrypted buckets have it.
+        # The same bytes twice: the ETag is not an MD5, as in encrypted buckets.
         return size_checked
     part.truncate(0)
-    raise _Broken(f"the file's MD5 is {found}, the server says {wanted}", md5=found)
+    raise _AttemptFailed(f"the MD5 is {found}, the server sent {wanted}", md5=found)
 
 
 def _md5_of_headers(headers: http.client.HTTPMessage) -> tuple[str | None, bool]:
-    """The file's MD5 in hexadecimal, and whether it is said to be that or only looks like it."""
+    """MD5 in hexadecimal, and whether the header guarantees that it is one (an ETag does not)."""
     for value in (
         *re.findall(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", []))),
         headers.get("Content-MD5", "") if "Content-Range" not in headers else "",
@@ -190,7 +194,7 @@ def _md5_of_headers(headers: http.client.HTTPMessage) -> tuple[str | None, bool]
 
 
 def _multipart_sizes(headers: http.client.HTTPMessage, num_bytes: int) -> list[int]:
-    """Part sizes, whole MiB, by which an upload to S3 has as many parts as its ETag says."""
+    """Part sizes in bytes, whole MiB, that give the number of parts in the ETag of an S3 upload."""
     etag = re.fullmatch(r'"[0-9a-f]{32}-(\d+)"', headers.get("ETag", ""))
     if not etag:
         return []
@@ -217,11 +221,11 @@ def _md5(part: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _continued_from(headers: http.client.HTTPMessage, first: int) -> int | None:
-    """The whole size in ``Content-Range: bytes first-last/size``, None if it is not told."""
+def _size_in_content_range(headers: http.client.HTTPMessage, first: int) -> int | None:
+    """File size in `Content-Range: bytes first-last/size`, None if unknown."""
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     if not match or int(match[1]) != first:
-        raise _Broken(
+        raise _AttemptFailed(
             f"asked for bytes from {first}, got Content-Range {headers.get('Content-Range')!r}"
         )
     return _integer(match[2])
@@ -236,7 +240,7 @@ def _retry_after(headers: Message) -> float:
 
 
 def _version(headers: http.client.HTTPMessage) -> str:
-    """What If-Range takes: a strong ETag, or the time of the last change."""
+    """A value for If-Range: a strong ETag, or the time of the last change."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified", "")
 
@@ -249,13 +253,13 @@ def _read_version(path: Path) -> str:
 
 
 def _check_version(path: Path, part: BinaryIO, headers: http.client.HTTPMessage) -> None:
-    """Start anew if the rest is of another version: not every server heeds If-Range."""
+    """Start over if the rest is of another version: some servers ignore If-Range."""
     known, now = _read_version(path), _version(headers)
     if not known:
         write_json(_version_path(path), now)
     elif now and now != known and now.startswith('"') == known.startswith('"'):
         part.truncate(0)
-        raise _Broken("the file has changed on the server")
+        raise _AttemptFailed("the file has changed on the server")
 
 
 def _part_path(path: Path) -> Path:
@@ -268,15 +272,15 @@ def _version_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked_part(path: Path) -> Iterator[BinaryIO]:
-    """The bytes so far, open to read and write, for this process alone."""
+    """The bytes received so far, open to read and write, locked by this process."""
     part_path = _part_path(path)
     while True:
         if path.exists() and not part_path.exists():
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, part_path)
         with open(os.open(part_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as part:
-            lock(part, wait=True)
-            # Whoever held the lock may have renamed the file to its final name.
+            lock_file(part, wait=True)
+            # The process that held the lock may have renamed the file to its final name.
             try:
                 is_ours = os.path.samestat(os.fstat(part.fileno()), os.stat(part_path))
             except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What indexing found: as JSON for programs, and in a few lines for people."""
+"""Report of an indexing run: as JSON, and as a printed summary."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Every copy of Kinetics lacks 1 to 5 % of its videos; a class that lost more than this is named.
+from data_tools.printing import print_first
+
+# Every copy of Kinetics lacks 1 to 5 % of its videos; classes that lack more than this are listed.
 THINNED_FRACTION = 0.10
-_MOST_SHOWN = 5
 _VERDICTS = ("missing", "duplicated", "undecodable", "empty")
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A listed video that is not in the index; ``where`` is its place in the list."""
+    """A listed video that is not in the index; `where` is its place in the list."""
 
     verdict: str
     where: str
@@ -25,7 +26,7 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """Counts and rejects of one run; ``num_..._by_label`` map class ids to numbers of videos."""
+    """Counts and rejected videos of one run; `num_..._by_label` map class ids to counts."""
 
     index: Path
     source: Path
@@ -42,17 +43,17 @@ class IndexReport:
 
     @property
     def path(self) -> Path:
-        """Where the report is written: beside the index."""
+        """Path of the report, beside the index."""
         return self.index.with_name(self.index.name + ".report.json")
 
     def rejected_as(self, verdict: str) -> list[Rejected]:
-        """Those of one verdict: missing, duplicated, undecodable or empty."""
+        """Rejected videos with this verdict: missing, duplicated, undecodable or empty."""
         return [video for video in self.rejected if video.verdict == verdict]
 
     def thinned_classes(self) -> list[tuple[str, int, int]]:
-        """(name, listed, indexed) of classes that lost much or have nothing, the worst first.
+        """(name, listed, indexed) of classes that lost many videos or have none, worst first.
 
-        None where no video has a label, as in the test list.
+        Empty if no video has a label, as in the test list.
         """
         thinned = []
         if not any(self.num_listed_by_label[i] for i in range(len(self.class_names))):
@@ -64,7 +65,7 @@ class IndexReport:
         return sorted(thinned, key=lambda entry: entry[2] / max(entry[1], 1))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, counts first."""
+        """The report as JSON, counts first."""
         return {
             "index": str(self.index),
             "source": str(self.source),
@@ -99,7 +100,7 @@ class IndexReport:
 
 
 def print_summary(report: IndexReport) -> None:
-    """Print what is in the index, what is not and why, and what to do about it."""
+    """Print the counts, the first rejected videos with reasons, and the next steps."""
     print(
         f"{report.source} ({report.kind}): {report.num_indexed} of {report.num_listed} videos "
         f"usable, {_hours(report.duration_seconds)}, {len(report.class_names)} classes"
@@ -108,29 +109,23 @@ def print_summary(report: IndexReport) -> None:
         videos = report.rejected_as(verdict)
         if videos:
             print(f"  {verdict}: {len(videos)}")
-            for video in videos[:_MOST_SHOWN]:
-                print(f"    {video.path} ({video.where}): {video.reason}")
-            if len(videos) > _MOST_SHOWN:
-                print(f"    ... and {len(videos) - _MOST_SHOWN} more")
+            print_first([f"{video.path} ({video.where}): {video.reason}" for video in videos])
     thinned = report.thinned_classes()
     if thinned:
         print(
-            f"  warning: {len(thinned)} of {len(report.class_names)} classes have lost over "
+            f"  warning: {len(thinned)} of {len(report.class_names)} classes lack more than "
             f"{THINNED_FRACTION:.0%} of their videos, or have none:"
         )
-        for name, listed, indexed in thinned[:_MOST_SHOWN]:
-            print(f"    {name}: {indexed} of {listed}")
-        if len(thinned) > _MOST_SHOWN:
-            print(f"    ... and {len(thinned) - _MOST_SHOWN} more")
+        print_first([f"{name}: {indexed} of {listed}" for name, listed, indexed in thinned])
     print(f"report: {report.path}")
     if not report.num_indexed:
-        print("no index was written: no video is usable")
+        print("no usable video, so no index was written")
         return
     print(f"index:  {report.index}")
     if not report.shares_class_list and report.class_names:
         print(
-            f"The class list is that of this source. Index the other splits with "
-            f"--label-map {report.index}, so that all have the same ids."
+            f"The class list is from this source. Index the other splits with "
+            f"--label-map {report.index}, so that all splits have the same ids."
         )
 
 

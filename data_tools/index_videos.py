@@ -1,22 +1,22 @@
-"""Make the index that training and testing read, from a list of videos and the videos.
+"""Index the videos of a data set for training and testing.
 
 SOURCE is one of
   official Kinetics CSV        label,youtube_id,time_start,time_end,split   (with --videos)
   JSON of 3D-ResNets-PyTorch   database -> id -> subset, annotations.label  (with --videos)
   CSV with a header            path,label
-  list                         path label    the label is what follows the last space
+  list                         path label    (the label follows the last space)
   folder of class folders      <class>/<video>.mp4
-It is recognised by its content. Labels may be names or ids.
+The format is detected from the contents. Labels may be names or ids.
 
-Videos of the first two are found by id in any folder below --videos, as <id>_<start>_<end>.mp4,
-<id>.mp4, or with another extension.
+Videos of the first two formats are searched by id in all folders below --videos, as
+<id>_<start>_<end>.mp4 or <id>.mp4, or with another extension.
 
-Every video is opened to learn its frames, rate and size. What is missing, listed twice, empty
-or cannot be opened is left out, and listed with reasons in OUTPUT.report.json.
-What was learnt is kept in OUTPUT.ledger.jsonl: run the same command again to continue after a stop,
-or to add videos; only new and changed files are opened.
+Every video is opened to read its number of frames, frame rate and size. Videos that are missing,
+duplicated, empty or cannot be opened are not indexed; OUTPUT.report.json lists them with reasons.
+Results are recorded in OUTPUT.ledger.jsonl: run the same command again to resume, or to add videos;
+only new and changed files are opened.
 
-Exit status: 0, or 1 if no video is usable, 2 for wrong arguments or a malformed source.
+Exit status: 0, or 1 if no video is usable, 2 for a user error or a malformed source.
 """
 
 from __future__ import annotations
@@ -33,61 +33,54 @@ import av
 from data_tools.annotations import ListedVideo, read_annotations
 from data_tools.class_names import label_ids, read_label_map
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
-    run_command,
+    parse_options,
     run_script,
-    take_execution,
 )
-from data_tools.files import write_json
+from data_tools.file_status import file_fingerprint
 from data_tools.index_report import IndexReport, Rejected, print_summary
-from data_tools.ledger import file_fingerprint
 from data_tools.probing import Probed, probe
-from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
+from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
+from i3d_gn.files import write_json
 from i3d_gn.video_io.index import VideoRecord, write_index
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("index_videos", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("index", __doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="list or folder, see above")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the index, NAME.parquet")
     parser.add_argument(
         "--videos",
         type=Path,
         metavar="FOLDER",
-        help="where the videos are (default: the folder of the list)",
+        help="folder of the videos (default: the folder of the list)",
     )
     parser.add_argument(
         "--label-map",
         type=Path,
         metavar="FILE",
-        help="class list: a file with one name a line in the order of the ids, or the index of "
+        help="class list: a file with one name per line in the order of the ids, or the index of "
         "another split (default: the names in SOURCE, sorted)",
     )
     parser.add_argument(
         "--split",
         metavar="NAME",
-        help="the split to take (train, val, test) from a CSV or JSON that holds several",
+        help="split to index (train, val, test) of a CSV or JSON that has several",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="decode every frame of every video to find broken ones; far slower than opening",
+        help="decode every frame of every video to find broken ones; much slower",
     )
-    add_execution_options(parser, timeout_seconds=300)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-
-    def command() -> int:
-        report = index_videos(**vars(arguments), execution=execution)
-        if report is None:
-            return 0
-        print_summary(report)
-        return 0 if report.num_indexed else 1
-
-    return run_command("index_videos", command)
+    add_run_options(parser, timeout_seconds=300)
+    report = index_videos(**parse_options(parser, argv))
+    if report is None:
+        return 0
+    print_summary(report)
+    return 0 if report.num_indexed else 1
 
 
 def index_videos(
@@ -98,16 +91,18 @@ def index_videos(
     label_map: Path | None,
     split: str | None,
     decode: bool,
-    execution: Execution,
+    run_options: RunOptions,
 ) -> IndexReport | None:
-    """Write the index ``output`` and ``output.report.json``; the report is returned as well.
+    """Write the index `output` and its report, and return the report.
 
-    If nothing is usable there is a report but no index; None and neither of them after a dry run,
-    or while videos are left to other shards. Raises ``ValueError`` for a source or
-    label map that cannot be read or do not fit each other.
+    Without usable videos, only the report is written. After a dry run, and while videos are left to
+    other shards, nothing is written and None is returned.
+
+    Raises:
+        ValueError: For a source or label map that cannot be read, or if they do not match.
     """
     if output.suffix != ".parquet":
-        raise ValueError(f"the output is a Parquet file: call it NAME.parquet, not {output.name}")
+        raise ValueError(f"the index is a Parquet file: name it NAME.parquet, not {output.name}")
     given_names = read_label_map(label_map) if label_map else None
     annotations = read_annotations(source, split=split)
     root = video_folder(source, annotations, videos)
@@ -126,15 +121,15 @@ def index_videos(
         root,
         ledger_path=output.with_name(output.name + ".ledger.jsonl"),
         decode=decode,
-        execution=execution,
+        run_options=run_options,
     )
-    if execution.dry_run or step.left:
-        print_unfinished(step, execution)
+    if run_options.dry_run or step.left:
+        print_unfinished(step, run_options)
         return None
     records = []
     for candidate in candidates:
         if candidate.path in step.failures:
-            # A crash or a time-out may be the machine's fault: tried again next time.
+            # Not recorded, since the machine may cause a crash or timeout: the next run retries.
             result = Probed(verdict="undecodable", reason=step.failures[candidate.path])
         else:
             result = Probed(**step.results[candidate.path])
@@ -167,7 +162,7 @@ def index_videos(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A listed video that is there, once."""
+    """A listed video whose file exists."""
 
     path: str
     label: int
@@ -177,7 +172,7 @@ class _Candidate:
 def _candidates(
     videos: Sequence[ListedVideo], labels: Sequence[int], root: Path, rejected: list[Rejected]
 ) -> list[_Candidate]:
-    """The videos that are there, in the list's order; adds the others to ``rejected``."""
+    """The videos whose files exist, each once, in order; others are added to `rejected`."""
     first: dict[str, _Candidate] = {}
     contradicted: set[str] = set()
     found = find_listed_videos(videos, root)
@@ -186,7 +181,7 @@ def _candidates(
             rejected.append(Rejected("missing", video.where, video.name, "no such file"))
             continue
         for other in file.alternatives:
-            reason = f"another file of the same video, {file.path}, is used"
+            reason = f"another file of the same video is used: {file.path}"
             rejected.append(Rejected("duplicated", video.where, other, reason))
         earlier = first.setdefault(file.path, _Candidate(file.path, label, video.where))
         if earlier.where == video.where:
@@ -203,11 +198,11 @@ def _candidates(
 
 
 def _probe_all(
-    paths: Sequence[str], root: Path, *, ledger_path: Path, decode: bool, execution: Execution
+    paths: Sequence[str], root: Path, *, ledger_path: Path, decode: bool, run_options: RunOptions
 ) -> StepResult:
-    """What each file is: ``Probed`` as a dictionary."""
+    """Probe each file; results are `Probed` as dictionaries."""
     items = [
-        # Another decoder may come to another verdict, so its version counts as well.
+        # The verdict depends on the decoder, so its version is part of the fingerprint.
         Item(
             key=path,
             fingerprint=[*file_fingerprint(root / path), decode, av.__version__],
@@ -220,7 +215,7 @@ def _probe_all(
         items,
         name="index",
         ledger_path=ledger_path,
-        execution=execution,
+        run_options=run_options,
     )
 
 

@@ -1,19 +1,18 @@
-"""Make a small set of real video files whose classes differ by nothing but motion.
+"""Make a small data set of video files whose classes differ only in motion.
 
-A camera looks at a random texture and moves: left, right, up, down, or rolls clockwise or
-counter-clockwise; what is seen moves the opposite way. Place, orientation, speed, colours,
-brightness and contrast are drawn per clip, the same way for all classes, and the texture looks
-alike in all directions and places. So a single frame tells nothing about the class, only the order
-of several does. (A mirrored clip shows another class: train on this set without random flips.)
+A camera views a random texture and moves left, right, up or down, or rolls clockwise or
+counterclockwise; the image moves the opposite way. Position, orientation, speed, colors, brightness
+and contrast are random per clip, with the same distribution for all classes, and the texture is
+statistically uniform and isotropic. So a single frame says nothing about the class; only the order
+of several frames does. (A mirrored clip shows another class: train without random flips.)
 
-Written are H.264 files, OUTPUT/train/<class>/<class>_NNN.mp4 and OUTPUT/val/..., fully determined
-by --seed. Clips already there are kept; run the same command again to continue after a stop.
+Writes H.264 files OUTPUT/train/<class>/<class>_NNN.mp4 and OUTPUT/val/..., determined by --seed.
+Existing clips are kept; run the same command again to resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -25,18 +24,17 @@ from av.video.reformatter import VideoReformatter
 from data_tools.command_line import (
     add_process_options,
     new_parser,
+    parse_options,
     positive_int,
-    run_command,
     run_script,
-    with_progress,
 )
-from data_tools.files import atomic_output, remove_unfinished
+from data_tools.file_status import has_size
 from data_tools.h264 import X264Options, write_h264
-from data_tools.ledger import Ledger
-from data_tools.processes import map_in_processes
+from data_tools.step import Item, RunOptions, run_step
+from i3d_gn.files import atomic_output, remove_unfinished
 
-# The camera's motion per unit of speed: (right, down) in pixels, clockwise roll in radians. An edge
-# half way from the centre to the corner rolls by as many pixels as the others are moved.
+# Camera motion per unit of speed: (right, down) in pixels, clockwise roll in radians. At 40 pixels
+# from the center, half way to the corner, a roll moves the image as far as the other motions.
 MOTIONS = {
     "move_down": (0.0, 1.0, 0.0),
     "move_left": (-1.0, 0.0, 0.0),
@@ -49,24 +47,24 @@ WIDTH, HEIGHT, FRAME_RATE = 128, 96, 25
 SPEED_RANGE = (1.0, 2.5)  # pixels per frame
 
 _TEXTURE_SIZE = 256
-# Of the texture, in pixels. The shortest is longer than twice what a few frames move, or the
-# motion could not be told from its opposite.
+# Wavelengths of the texture, in pixels. The shortest is more than twice the motion of a few frames:
+# otherwise a motion looks like its opposite.
 _WAVELENGTHS = (12.0, 96.0)
 _SPLITS = ("train", "val")
-# Good quality and short preset: what the encoder spoils must not differ between classes either.
+# High quality: compression artifacts must not differ between classes either.
 _X264 = X264Options(crf=18, gop=250, preset="veryfast", tune=None)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("make_motion_clips", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("make-motion-clips", __doc__)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write to")
     parser.add_argument(
         "--train-clips",
         type=positive_int,
         default=28,
         metavar="N",
-        help="per class, of the 6 (default: %(default)s)",
+        help="per class, for 6 classes (default: %(default)s)",
     )
     parser.add_argument(
         "--val-clips",
@@ -80,18 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         type=positive_int,
         default=48,
         metavar="N",
-        help="per clip, at 25 a second (default: %(default)s)",
+        help="per clip, at 25 frames per second (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_process_options(parser, timeout_seconds=120)
-    arguments = parser.parse_args(argv)
-
-    def command() -> int:
-        num_written, num_kept = make_motion_clips(**vars(arguments))
-        print(f"{arguments.output}: {num_written} clips written, {num_kept} there already")
-        return 0
-
-    return run_command("make_motion_clips", command)
+    options = parse_options(parser, argv)
+    num_written, num_kept = make_motion_clips(**options)
+    print(f"{options['output']}: {num_written} clips written, {num_kept} already there")
+    return 0
 
 
 def make_motion_clips(
@@ -104,10 +98,12 @@ def make_motion_clips(
     workers: int,
     timeout_seconds: float,
 ) -> tuple[int, int]:
-    """Make what is missing below ``output``; the numbers of clips written and kept.
+    """Make the missing clips below `output`; return the numbers of clips written and kept.
 
-    ``train_clips`` and ``val_clips`` are per class. Raises ``ValueError`` for a negative seed and
-    if a clip cannot be written.
+    `train_clips` and `val_clips` are per class.
+
+    Raises:
+        ValueError: For a negative seed, and if a clip cannot be written.
     """
     if seed < 0:
         raise ValueError(f"the seed must be 0 or more, not {seed}")
@@ -115,38 +111,31 @@ def make_motion_clips(
     clips = [
         (split, motion, i) for split in _SPLITS for motion in MOTIONS for i in range(counts[split])
     ]
-    fingerprint = [seed, num_frames, av.__version__]
-    with Ledger(output / ".motion_clips.ledger.jsonl") as ledger:
-        todo = [
-            clip
-            for clip in clips
-            if not (ledger.get(_name(*clip), fingerprint) and (output / _name(*clip)).is_file())
-        ]
-        remove_unfinished(output, {_name(*clip) for clip in todo})
-        outcomes = map_in_processes(
-            partial(_write_clip, output, num_frames=num_frames, seed=seed),
-            todo,
-            num_workers=workers,
-            timeout_seconds=timeout_seconds,
-        )
-        num_kept = len(clips) - len(todo)
-        with closing(outcomes):
-            for i, outcome in with_progress(
-                outcomes, total=len(clips), done=num_kept, description="make clips"
-            ):
-                name = _name(*todo[i])
-                if outcome.failure is not None:
-                    raise ValueError(f"{output / name} cannot be written: {outcome.failure}")
-                ledger.record(name, fingerprint, outcome.value)
-    return len(todo), num_kept
+    items = [
+        Item(key=_name(*clip), fingerprint=[seed, num_frames, av.__version__], argument=clip)
+        for clip in clips
+    ]
+    step = run_step(
+        partial(_write_clip, output, num_frames=num_frames, seed=seed),
+        items,
+        name="make clips",
+        ledger_path=output / ".motion_clips.ledger.jsonl",
+        run_options=RunOptions(workers=workers, timeout_seconds=timeout_seconds),
+        is_intact=lambda name, done: has_size(output / name, done["num_bytes"]),
+        before=lambda names: remove_unfinished(output, names),
+        unit="clip",
+    )
+    for name, reason in step.failures.items():
+        raise ValueError(f"{output / name} cannot be written: {reason}")
+    return len(step.results) - step.num_kept, step.num_kept
 
 
 def render_clip(motion: str, *, num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw one clip: uint8 RGB of shape (num_frames, HEIGHT, WIDTH, 3).
+    """Render one clip: uint8 RGB of shape `(T, H, W, 3)`.
 
-    Frame t is the texture seen from place p_t in direction a_t, where p_0 and a_0 are uniform, so
-    that p_t and a_t are uniform for each t, whatever the motion: single frames of all classes have
-    one distribution.
+    Frame t shows the texture from position p_t at angle a_t. p_0 and a_0 are uniform, so p_t and
+    a_t are uniform for each t with any motion: single frames of all classes have the same
+    distribution.
     """
     texture = _random_texture(rng)
     mean_color, contrast_color = _random_colors(rng)
@@ -176,10 +165,10 @@ def _write_clip(
 ) -> dict[str, int]:
     split, motion, i = clip
     key = (seed, _SPLITS.index(split), list(MOTIONS).index(motion), i)
-    pictures = render_clip(motion, num_frames=num_frames, rng=np.random.default_rng(key))
+    rgb = render_clip(motion, num_frames=num_frames, rng=np.random.default_rng(key))
     with atomic_output(output / _name(*clip)) as temporary:
         frame_rate = Fraction(FRAME_RATE)
-        write_h264(temporary, _video_frames(pictures), frame_rate=frame_rate, options=_X264)
+        write_h264(temporary, _video_frames(rgb), frame_rate=frame_rate, options=_X264)
         return {"num_bytes": temporary.stat().st_size}
 
 
@@ -187,19 +176,19 @@ def _name(split: str, motion: str, i: int) -> str:
     return f"{split}/{motion}/{motion}_{i:03d}.mp4"
 
 
-def _video_frames(pictures: np.ndarray) -> Iterator[av.VideoFrame]:
+def _video_frames(rgb: np.ndarray) -> Iterator[av.VideoFrame]:
     reformatter = VideoReformatter()
-    for t, picture in enumerate(pictures):
-        picture_frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame = reformatter.reformat(picture_frame, format="yuv420p")
+    for t, image in enumerate(rgb):
+        rgb_frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame = reformatter.reformat(rgb_frame, format="yuv420p")
         frame.pts, frame.time_base = t, Fraction(1, FRAME_RATE)
         yield frame
 
 
 def _random_texture(rng: np.random.Generator) -> np.ndarray:
-    """float32 (size, size), mean 0, variance 1, seamless when repeated, alike in all directions.
+    """An isotropic texture that tiles without seams: float32 (size, size), mean 0, variance 1.
 
-    White noise, of which only a ring of wavelengths is kept, each octave of them equally strong.
+    White noise, band-pass filtered to a range of wavelengths with equal power per octave.
     """
     frequency = np.fft.fftfreq(_TEXTURE_SIZE)
     radius = np.hypot(frequency[:, None], frequency[: _TEXTURE_SIZE // 2 + 1])
@@ -211,14 +200,14 @@ def _random_texture(rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """RGB in 0-255 of the texture's mean, and of its standard deviation; float32 (3,)."""
+    """RGB in 0-255 of the mean of the texture, and of its std; float32 (3,)."""
     brightness, contrast = rng.uniform(96, 160), rng.uniform(30, 60)
     mean_tint, contrast_tint = rng.uniform(-1, 1, size=(2, 3)).astype(np.float32)
     return brightness + 40 * mean_tint, contrast * (1 + 0.7 * contrast_tint)
 
 
 def _sample(texture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The texture, repeated endlessly, at the points (x, y), by bilinear interpolation."""
+    """The texture, repeated in both directions, at points (x, y), bilinearly interpolated."""
     left, top = np.floor(x).astype(np.int32), np.floor(y).astype(np.int32)
     right_part, bottom_part = x - left, y - top
     columns = left % _TEXTURE_SIZE, (left + 1) % _TEXTURE_SIZE

@@ -1,15 +1,16 @@
-"""Pack the videos of an index into tar shards, for storage that dislikes many small files.
+"""Pack the videos of an index into tar shards, for storage that is slow with many small files.
 
-OUTPUT gets shard-00000.tar, shard-00001.tar, ... and index.parquet, which takes the place of INDEX
-in training and testing: the same seed gives the same clips as from loose files. Shards follow the
-WebDataset convention, NUMBER.mp4 beside NUMBER.json with its label and facts, in an order shuffled
-once, so that other programs can stream them too.
+Writes shard-00000.tar, shard-00001.tar, ... and index.parquet to OUTPUT. index.parquet replaces
+INDEX in training and testing: the same seed gives the same clips as from the original files. Shards
+follow the WebDataset convention: NUMBER.mp4 beside NUMBER.json with the label and properties of the
+video, in an order shuffled once, so that other programs can stream them too.
 
-To read shards over the network, copy the folder to a web server that knows ranges, or to a bucket,
-and pack with --root https://HOST/FOLDER or s3://BUCKET/FOLDER; keep index.parquet on a local disk.
+To read shards over the network, copy them to a web server that supports range requests, or to a
+bucket, and pack with --root https://HOST/FOLDER or s3://BUCKET/FOLDER; keep index.parquet on a
+local disk.
 
-After a stop the same command continues; shards are rewritten only if their videos have changed.
-Exit status: 0, or 1 if a shard failed, 2 for wrong arguments.
+Run the same command again to resume; shards are rewritten only if their videos have changed.
+Exit status: 0, or 1 if a shard failed, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
+    parse_options,
     positive_float,
-    run_command,
     run_script,
-    take_execution,
 )
-from data_tools.files import atomic_output, remove_unfinished
-from data_tools.ledger import file_fingerprint
-from data_tools.step import Execution, Item, print_unfinished, run_step
+from data_tools.file_status import file_fingerprint, has_size
+from data_tools.step import Item, RunOptions, print_unfinished, run_step
+from i3d_gn.files import atomic_output, remove_unfinished
 from i3d_gn.video_io.index import VideoIndex, write_packed_index
 
 _FACTS = (
@@ -46,9 +46,9 @@ _TAR_OVERHEAD = 2048  # headers and padding of a video and its JSON
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("pack_shards", __doc__)
-    parser.add_argument("index", type=Path, metavar="INDEX", help="the index of loose videos")
+    """Run the command and return its exit status."""
+    parser = new_parser("pack", __doc__)
+    parser.add_argument("index", type=Path, metavar="INDEX", help="index of video files")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the shards")
     parser.add_argument(
         "--shard-mib",
@@ -60,34 +60,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--root",
         metavar="URL",
-        help="where the shards will be read from (default: OUTPUT)",
+        help="folder or URL that the shards will be read from (default: OUTPUT)",
     )
-    add_execution_options(parser, timeout_seconds=3600)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-    return run_command("pack_shards", lambda: pack_shards(**vars(arguments), execution=execution))
+    add_run_options(parser, timeout_seconds=3600)
+    return pack_shards(**parse_options(parser, argv))
 
 
 def pack_shards(
-    index: Path, output: Path, *, shard_mib: float, root: str | None, execution: Execution
+    index: Path, output: Path, *, shard_mib: float, root: str | None, run_options: RunOptions
 ) -> int:
-    """Write what is missing of the shards, then their index; the exit status.
+    """Write the missing shards, then their index, and return the exit status.
 
-    Raises ``ValueError`` for an index that cannot be read or names a file that is not there, and
-    without webdataset.
+    Raises:
+        ValueError: For an index that cannot be read or lists a missing file, and if webdataset is
+            not installed.
     """
     if importlib.util.find_spec("webdataset") is None:
-        raise ValueError("packing needs webdataset; install it by `pip install 'i3d_gn[shards]'`")
+        raise ValueError("packing needs webdataset; run `pip install 'i3d_gn[shards]'`")
     videos = VideoIndex.load(index)
     if videos.is_packed:
-        raise ValueError(f"{index} is of packed videos already")
+        raise ValueError(f"{index} lists packed videos already")
     fingerprints = []
     for i in range(len(videos)):
         try:
             fingerprints.append(file_fingerprint(videos.path_of(i)))
         except FileNotFoundError:
             raise ValueError(
-                f"{videos.path_of(i)} of {index} is not there any more; index the videos again"
+                f"{videos.path_of(i)} in {index} no longer exists; index the videos again"
             ) from None
     facts = pq.read_table(index, columns=list(_FACTS)).to_pylist()
     plan = plan_shards([size for size, _ in fingerprints], shard_bytes=int(shard_mib * 2**20))
@@ -102,15 +101,15 @@ def pack_shards(
         items,
         name="pack",
         ledger_path=output / ".pack.ledger.jsonl",
-        execution=execution,
-        is_intact=lambda name, done: _size_of(output / name) == done["num_bytes"],
-        before=lambda names: remove_unfinished(output, set(names)) if names else None,
+        run_options=run_options,
+        is_intact=lambda name, done: has_size(output / name, done["num_bytes"]),
+        before=lambda names: remove_unfinished(output, names),
         unit="shard",
     )
     for name, reason in sorted(step.failures.items()):
         print(f"{output / name}: {reason}")
-    if execution.dry_run or step.left or step.failures:
-        print_unfinished(step, execution)
+    if run_options.dry_run or step.left or step.failures:
+        print_unfinished(step, run_options)
         return 1 if step.failures else 0
 
     shards = [""] * len(videos)
@@ -118,7 +117,7 @@ def pack_shards(
     for name, members in plan.items():
         for i, place in zip(members, step.results[name]["places"], strict=True):
             shards[i], places[i] = name, place
-    # Those of an earlier packing into other sizes would be taken for part of this one.
+    # Shards of an earlier run with another size do not belong to this index.
     for path in output.glob("shard-*.tar"):
         if path.name not in plan:
             path.unlink()
@@ -132,14 +131,14 @@ def pack_shards(
     )
     gigabytes = sum(done["num_bytes"] for done in step.results.values()) / 1e9
     print(
-        f"{len(videos)} videos in {len(plan)} shards ({step.num_kept} written before), "
+        f"{len(videos)} videos in {len(plan)} shards ({step.num_kept} already there), "
         f"{gigabytes:.2f} GB\nindex:  {output / 'index.parquet'}"
     )
     return 0
 
 
 def plan_shards(sizes: list[int], *, shard_bytes: int) -> dict[str, list[int]]:
-    """Which videos, by number, go to which shard in which order: the same for the same sizes."""
+    """Assign videos, by index, to shards, in order; equal sizes give an equal plan."""
     plan: dict[str, list[int]] = {}
     filled = shard_bytes
     for i in np.random.default_rng(0).permutation(len(sizes)).tolist():
@@ -154,13 +153,13 @@ def plan_shards(sizes: list[int], *, shard_bytes: int) -> dict[str, list[int]]:
 def _write_shard(
     output: Path, shard: tuple[str, list[tuple[int, str, dict[str, Any]]]]
 ) -> dict[str, Any]:
-    """Write one shard; ``places`` are (first byte, number of bytes) of its videos, in order."""
-    # Late, since it imports torch, which the processes of no other step need.
+    """Write one shard; `places` are (offset, number of bytes) of its videos, in order."""
+    # Imported here because it imports torch, which no other step needs.
     from webdataset.writer import TarWriter  # noqa: PLC0415
 
     name, entries = shard
     with atomic_output(output / name) as temporary:
-        # Times, owners and modes are fixed, so that the same videos make the same bytes.
+        # Times, owners and modes are fixed, so that the same videos give the same bytes.
         with (
             open(temporary, "wb") as stream,
             TarWriter(stream, encoder=False, mtime=0.0, compress=False) as writer,
@@ -183,13 +182,6 @@ def _write_shard(
         assert len(places) == len(entries)
         num_bytes = temporary.stat().st_size
     return {"num_bytes": num_bytes, "places": places}
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

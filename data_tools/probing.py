@@ -1,4 +1,4 @@
-"""Look at one video: what it is, or why it cannot be used. Runs in a child process."""
+"""Probe one video: its properties, or why it is unusable. Runs in a child process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """``verdict`` is usable, empty or undecodable; ``facts`` are the columns of the index."""
+    """Result of a probe: `verdict` is usable, empty or undecodable, `facts` are index columns."""
 
     verdict: str
     reason: str = ""
@@ -20,15 +20,16 @@ class Probed:
 
 
 def probe(root: Path, path: str, *, decode: bool) -> Probed:
-    """Open ``root / path`` and decode its first frame, with ``decode`` all of them.
+    """Open `root / path` and decode its first frame, or all frames if `decode`.
 
-    Raises ``OSError`` where the file cannot be opened, which says nothing about its content.
+    Raises:
+        OSError: If the file cannot be opened, which says nothing about its content.
     """
     file = root / path
     with open(file, "rb"):
         pass
     if file.stat().st_size == 0:
-        return Probed(verdict="empty", reason="the file has no bytes")
+        return Probed(verdict="empty", reason="the file is empty")
     try:
         info = probe_video(file)
         if decode:
@@ -53,12 +54,12 @@ def probe(root: Path, path: str, *, decode: bool) -> Probed:
 
 
 def decode_error_reason(error: VideoDecodeError) -> str:
-    """The error without the file's name, which a report has in a place of its own."""
+    """The error message without the file name, which reports have in a separate field."""
     return error.cause if error.frame is None else f"frame {error.frame}: {error.cause}"
 
 
 def has_no_frames(file: Path) -> bool:
-    """Whether it is a sound video file, only without a frame in it."""
+    """Whether the file is a valid video without any frame."""
     try:
         with open_video(file) as (_, stream):
             return next(sequential_frames(file, stream), None) is None

@@ -1,8 +1,8 @@
 """Apply a function to many items in child processes that may crash or hang.
 
-Video decoders do both on broken files. ``concurrent.futures`` gives up its whole pool when a
-child dies and cannot say which item killed it, hence this: one item at a time per child, a
-dead or overdue child costs exactly the item it was given, and is replaced.
+Video decoders do both on broken files. `concurrent.futures` gives up its whole pool when a child
+dies and cannot tell which item killed it. Here each child has one item at a time: a child that dies
+or exceeds the time limit costs exactly that item, and is replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-# Children are started afresh: a fork of a process that holds decoder threads can deadlock.
+# Not fork: the fork of a process with decoder threads can deadlock.
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -31,10 +31,11 @@ FailureKind = Literal["refused", "error", "crash", "timeout", "memory", "lost"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one item: the function's value, or why there is none.
+    """Result of one item: the return value of the function, or why there is none.
 
-    ``kind`` of a failure: the function said so (refused) or raised an exception (error), its
-    process died (crash), took too long (timeout) or too much (memory), or a cluster lost it.
+    Kinds of failures: the function raised `ItemFailure` (refused) or another exception (error), its
+    process died (crash) or exceeded the limit of time (timeout) or memory (memory), or a cluster
+    lost the item (lost).
     """
 
     value: Any = None
@@ -42,12 +43,12 @@ class Outcome:
     kind: FailureKind | None = None
 
 
-class ItemFailure(Exception):  # noqa: N818 (an answer rather than an error of the program)
-    """Raised by a function to say in plain words why its item has no result."""
+class ItemFailure(Exception):  # noqa: N818 (an expected outcome, not a program error)
+    """Raised by a function to report why its item has no result."""
 
 
 def available_cpus() -> int:
-    """Cores that this process may use, which a batch system can make fewer than there are."""
+    """Number of cores that this process may use; a batch system may restrict it to some."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -61,12 +62,11 @@ def map_in_processes(
     timeout_seconds: float,
     memory_bytes: int | None = None,
 ) -> Generator[tuple[int, Outcome]]:
-    """Yield ``(i, outcome of function(items[i]))`` as they finish, in no fixed order.
+    """Yield `(i, outcome of function(items[i]))` as they finish, in any order.
 
-    ``function`` is a module's top-level function (or a ``functools.partial`` of one). An exception
-    in it, a crash of its process and an item that takes longer than ``timeout_seconds`` or more
-    memory than ``memory_bytes`` (Linux only) are each the failure of that item alone. Close the
-    generator to stop the children early.
+    `function` is a top-level function of a module, or a `functools.partial` of one. An exception,
+    a crash of the process, or exceeding `timeout_seconds` or `memory_bytes` (Linux only) is a
+    failure of that item only. Close the generator to stop the children early.
     """
     waiting = deque(range(len(items)))
     workers = [_Worker(function, memory_bytes) for _ in range(min(num_workers, len(items)))]
@@ -83,16 +83,16 @@ def map_in_processes(
 
 
 class ChildProcess:
-    """One child that is kept for many items, with the guarantees of :func:`map_in_processes`."""
+    """One child process for many calls, with the guarantees of `map_in_processes`."""
 
     def __init__(self, function: Callable[[Any], Any], *, memory_bytes: int | None = None) -> None:
         self._worker = _Worker(function, memory_bytes)
 
     def call(self, item: Any, *, timeout_seconds: float) -> Outcome:
-        """The outcome of ``function(item)``; the child is replaced if that is its end."""
-        while not self._worker.is_idle:  # It says so once it has started.
+        """The outcome of `function(item)`; if the child dies, it is replaced."""
+        while not self._worker.is_idle:  # Wait for the message that it has started.
             for _ in _collect([self._worker], timeout_seconds=timeout_seconds):
-                raise AssertionError("an outcome without an item")
+                raise AssertionError("outcome without an item")
         self._worker.start_item(0, item, deadline=time.monotonic() + timeout_seconds)
         while True:
             for _, outcome in _collect([self._worker], timeout_seconds=timeout_seconds):
@@ -100,17 +100,19 @@ class ChildProcess:
 
 
 def _collect(workers: list[_Worker], *, timeout_seconds: float) -> Iterator[tuple[int, Outcome]]:
-    """Wait until a child reports, dies or is overdue, and see to it."""
+    """Wait until a child reports, dies or exceeds its deadline; yield (item, outcome)."""
     deadlines = [worker.deadline for worker in workers if worker.item is not None]
-    patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-    ready = connection.wait([worker.connection for worker in workers if worker.awaited], patience)
+    wait_seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    ready = connection.wait(
+        [worker.connection for worker in workers if not worker.is_idle], wait_seconds
+    )
     for worker in workers:
         if worker.connection in ready:
             finished, outcome = worker.receive()
         elif worker.item is not None and time.monotonic() >= worker.deadline:
             finished, outcome = (
                 worker.item,
-                Outcome(failure=f"given up after {timeout_seconds:g} seconds", kind="timeout"),
+                Outcome(failure=f"timed out after {timeout_seconds:g} seconds", kind="timeout"),
             )
             worker.restart()
         else:
@@ -143,41 +145,35 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
+        """Whether no message is due: neither that it has started nor the outcome of an item."""
         return self._has_started and self.item is None
-
-    @property
-    def awaited(self) -> bool:
-        """Whether a message must come: that it has started, or the outcome of its item."""
-        return not self.is_idle
 
     def start_item(self, i: int, item: Any, *, deadline: float) -> None:
         self.item, self.deadline = i, deadline
-        # Should it have died while idle, receive() finds that out.
+        # If the child died while idle, receive() finds out.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(item)
 
     def receive(self) -> tuple[int | None, Outcome]:
-        """The child's message: (item, outcome), with item None for the sign that it has started."""
+        """The message of the child: (item, outcome), with item None if it has just started."""
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            return self._bury()
+            return self._replace_dead()
         if not self._has_started:
             self._has_started = True
             return None, Outcome()
         item, self.item = self.item, None
         return item, message
 
-    def _bury(self) -> tuple[int | None, Outcome]:
+    def _replace_dead(self) -> tuple[int | None, Outcome]:
         self._process.join()
         cause = _describe_exit(self._process.exitcode)
         if not self._has_started:
-            raise RuntimeError(
-                f"a worker process could not start ({cause}); its own message is above"
-            )
+            raise RuntimeError(f"a worker process could not start ({cause}); see its message above")
         item = self.item
         self.restart()
-        return item, Outcome(failure=f"the process that worked on it {cause}", kind="crash")
+        return item, Outcome(failure=f"its process {cause}", kind="crash")
 
     def restart(self) -> None:
         self.stop()
@@ -192,16 +188,16 @@ class _Worker:
 def _describe_exit(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         return f"was killed by {signal.Signals(-exit_code).name}"
-    return f"ended with status {exit_code}"
+    return f"exited with status {exit_code}"
 
 
 def _serve(
     connection: Connection, function: Callable[[Any], Any], memory_bytes: int | None
 ) -> None:
-    """The child: answer items until the parent is gone."""
-    # Ctrl-C reaches the whole group; the parent alone decides what to do about it.
+    """Main function of a child: process items until the parent ends."""
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # An orphan would go on writing the item that the next run begins anew.
+    # An orphan would keep writing the item that the next run starts again.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if memory_bytes is not None and sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))

@@ -1,7 +1,7 @@
-"""The same work as ``processes``, on the machines of a Ray cluster that share their disks.
+"""The counterpart of `processes` for a Ray cluster whose machines share their disks.
 
-A task runs its item in a child process, as on one machine: what crashes a decoder costs one item.
-What Ray itself loses (a node, a worker) says nothing about the item, which is tried again.
+A task runs its item in a child process, as on one machine, so a crash of the decoder costs one
+item. If Ray itself loses a node or a worker, the item is retried elsewhere.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from data_tools.processes import ChildProcess, Outcome
 
-# One item can lose as many nodes before it counts as failed.
+# An item fails after losing its node or worker more often than this.
 _MAX_RETRIES = 8
-# Tasks handed to Ray ahead of free cores, so that none waits for this process.
+# Tasks submitted ahead of free cores, so that no core waits for this process.
 _TASKS_PER_CPU = 2
 
 
@@ -29,13 +29,20 @@ def map_on_ray(
     timeout_seconds: float,
     memory_bytes: int | None = None,
 ) -> Generator[tuple[int, Outcome]]:
-    """Yield ``(i, outcome of function(items[i]))`` as they finish, in no fixed order.
+    """Yield `(i, outcome of function(items[i]))` as they finish, in any order.
 
-    ``address`` is that of a running cluster, ``host:port``, or ``auto`` on one of its machines.
-    Every machine needs this package and sees the items' files under the same paths. One core each.
-    Close the generator to stop.
+    Each item uses one core. Every machine needs this package and must see the files under the same
+    paths. Close the generator to stop.
 
-    Raises ``ValueError`` if Ray is not installed or there is no cluster at ``address``.
+    Args:
+        function: As for `map_in_processes`.
+        items: Its arguments.
+        address: `host:port` of a running cluster, or `auto` on one of its machines.
+        timeout_seconds: Time limit per item.
+        memory_bytes: Memory limit per item (Linux only).
+
+    Raises:
+        ValueError: If Ray is not installed or there is no cluster at `address`.
     """
     try:
         import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
@@ -45,14 +52,14 @@ def map_on_ray(
         )
     except ImportError:
         raise ValueError(
-            "--engine ray needs Ray; install it by `pip install 'i3d_gn[ray]'` on every machine"
+            "--engine ray needs Ray; run `pip install 'i3d_gn[ray]'` on every machine"
         ) from None
     try:
         _check_address(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"there is no Ray cluster at {address} ({str(error).splitlines()[0]}); start one by "
+            f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, and `ray start --address HOST:PORT` on the other machines"
         ) from error
     try:
@@ -61,7 +68,7 @@ def map_on_ray(
         waiting = iter(range(len(items)))
         running: dict[Any, int] = {}
         while True:
-            # Asked each time: machines may join while it runs.
+            # Each time, since machines may join during the run.
             at_once = max(1, int(_TASKS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
             while len(running) < at_once and (i := next(waiting, None)) is not None:
                 running[task.remote(call, items[i], timeout_seconds)] = i
@@ -72,7 +79,7 @@ def map_on_ray(
                 i = running.pop(reference)
                 try:
                     yield i, ray.get(reference)
-                except RayTaskError as error:  # Raised by the task, in whatever machine's state.
+                except RayTaskError as error:  # Raised by the task itself.
                     failure = f"{type(error.cause).__name__}: {error.cause}"
                     yield i, Outcome(failure=failure, kind="error")
                 except RayError as error:
@@ -84,13 +91,13 @@ def map_on_ray(
 
 
 def _check_address(address: str) -> None:
-    """Raise ``OSError`` if nothing listens there; Ray itself takes five minutes to find out."""
+    """Raise `OSError` if nothing listens at `address`; Ray takes five minutes to notice."""
     match = re.fullmatch(r"([^/:]+):(\d+)", address)
     if match:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
 
 
-# Ray keeps its worker processes, and each of them keeps its child.
+# Ray reuses its worker processes, and each of them its child.
 _child: tuple[bytes, ChildProcess] | None = None
 
 

@@ -1,18 +1,18 @@
-"""Re-encode a folder of videos to a short side, in the form that training decodes fastest.
+"""Re-encode a folder of videos to a short side, so that training decodes them fast.
 
 Every video below INPUT is written to the same place below OUTPUT as <name>.mp4: H.264 without
-sound, upright, its short side at most --short-side (never enlarged), with the frames of the source:
-as many, in the same order, at the same times, unless --fps asks for another rate. A keyframe every
---gop frames at least and the tune fastdecode make random clips cheap to read, for 40 to 70 % more
-bytes than x264's defaults.
+sound, upright, with a short side of at most --short-side (never enlarged) and the frames of the
+source: the same number in the same order at the same times, unless --fps sets another rate. A
+keyframe at least every --gop frames and the tune fastdecode make random clips fast to read, for 40
+to 70 % more bytes than with the defaults of x264.
 
-A video appears in OUTPUT only when complete. OUTPUT/.resize.ledger.jsonl records what is done: run
-the same command again to continue after a stop; only new and changed videos, or all after a change
-of options, are encoded (a source with another time but the same content is not). What fails, a
-video with a broken frame included, is left out and listed with reasons in
-OUTPUT/resize.report.json, or that of a shard in OUTPUT/resize.I-of-N.report.json.
+A video appears in OUTPUT only when complete. OUTPUT/.resize.ledger.jsonl records finished videos:
+run the same command again to resume. Only new and changed videos are encoded (a source with another
+modification time but the same content is unchanged), or all videos if the options change. Videos
+with any frame that cannot be decoded are not written; OUTPUT/resize.report.json (for a shard
+OUTPUT/resize.I-of-N.report.json) lists them with reasons.
 
-Exit status: 0, or 1 if no video could be written, 2 for wrong arguments.
+Exit status: 0, or 1 if no video could be written, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from typing import Any
 import av
 
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
+    parse_options,
     positive_float,
     positive_int,
-    run_command,
     run_script,
-    take_execution,
 )
-from data_tools.files import file_hash, find_videos, remove_unfinished, write_json
+from data_tools.file_status import file_fingerprint, has_size
+from data_tools.find_videos import find_videos
 from data_tools.h264 import X264Options
-from data_tools.ledger import Ledger, file_fingerprint
+from data_tools.ledger import Ledger
+from data_tools.printing import print_first
 from data_tools.probing import decode_error_reason
 from data_tools.processes import ItemFailure
-from data_tools.step import Execution, Item, Shard, print_unfinished, run_step
+from data_tools.step import Item, RunOptions, Shard, print_unfinished, run_step
 from data_tools.transcode import transcode
+from i3d_gn.files import file_sha256, remove_unfinished, write_json
 from i3d_gn.video_io.decode import VideoDecodeError
 
 PRESETS = (
@@ -47,12 +49,11 @@ PRESETS = (
     *("medium", "slow", "slower", "veryslow"),
 )
 TUNES = ("none", "film", "animation", "grain", "stillimage", "fastdecode", "zerolatency")
-_MOST_SHOWN = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("resize_videos", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("resize", __doc__)
     parser.add_argument("source", type=Path, metavar="INPUT", help="folder of videos")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the copies")
     parser.add_argument(
@@ -60,20 +61,20 @@ def main(argv: list[str] | None = None) -> int:
         type=positive_int,
         default=256,
         metavar="PIXELS",
-        help="of the copies, at most (default: %(default)s)",
+        help="maximum short side of the copies (default: %(default)s)",
     )
     parser.add_argument(
         "--crf",
         type=positive_float,
         default=23,
-        help="x264 quality, lower is better and larger (default: %(default)g)",
+        help="x264 quality; lower is better and larger (default: %(default)g)",
     )
     parser.add_argument(
         "--gop",
         type=positive_int,
         default=32,
         metavar="FRAMES",
-        help="most frames from one keyframe to the next (default: %(default)s)",
+        help="maximum number of frames between keyframes (default: %(default)s)",
     )
     parser.add_argument(
         "--preset", choices=PRESETS, default="medium", help="x264 preset (default: %(default)s)"
@@ -85,37 +86,27 @@ def main(argv: list[str] | None = None) -> int:
         "--fps",
         type=positive_float,
         metavar="RATE",
-        help="resample to so many frames a second (default: the frames of the source)",
+        help="resample to RATE frames per second (default: the frames of the source)",
     )
-    add_execution_options(parser, timeout_seconds=1800)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-
-    def command() -> int:
-        report = resize_videos(
-            arguments.source,
-            arguments.output,
-            short_side=arguments.short_side,
-            options=X264Options(
-                crf=arguments.crf,
-                gop=arguments.gop,
-                preset=arguments.preset,
-                tune=None if arguments.tune == "none" else arguments.tune,
-            ),
-            fps=arguments.fps,
-            execution=execution,
-        )
-        if report is None:
-            return 0
-        report.print_summary()
-        return 0 if report.num_written + report.num_kept else 1
-
-    return run_command("resize_videos", command)
+    add_run_options(parser, timeout_seconds=1800)
+    options = parse_options(parser, argv)
+    x264 = X264Options(
+        crf=options.pop("crf"),
+        gop=options.pop("gop"),
+        preset=options.pop("preset"),
+        tune=None if options["tune"] == "none" else options["tune"],
+    )
+    del options["tune"]
+    report = resize_videos(**options, x264=x264)
+    if report is None:
+        return 0
+    report.print_summary()
+    return 0 if report.num_written + report.num_kept else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeReport:
-    """Videos written now, kept from earlier runs, and failed (source -> reason)."""
+    """Videos written by this run, kept from earlier runs, and failed (source -> reason)."""
 
     output: Path
     shard: Shard | None
@@ -126,12 +117,12 @@ class ResizeReport:
 
     @property
     def path(self) -> Path:
-        """Where the report is written."""
+        """Path of the report."""
         part = "" if self.shard is None else f".{self.shard}"
         return self.output / f"resize{part}.report.json"
 
     def as_json(self) -> dict[str, Any]:
-        """Counts first, then what failed and why."""
+        """Counts, then failures with reasons."""
         return {
             "num_written": self.num_written,
             "num_kept": self.num_kept,
@@ -143,13 +134,10 @@ class ResizeReport:
     def print_summary(self) -> None:
         """Print the counts and the first failures."""
         print(
-            f"{self.output}: {self.num_written} videos written, {self.num_kept} there already, "
+            f"{self.output}: {self.num_written} videos written, {self.num_kept} already there, "
             f"{len(self.failed)} failed; {self.num_bytes / 2**20:.1f} MiB"
         )
-        for path, reason in sorted(self.failed.items())[:_MOST_SHOWN]:
-            print(f"    {path}: {reason}")
-        if len(self.failed) > _MOST_SHOWN:
-            print(f"    ... and {len(self.failed) - _MOST_SHOWN} more")
+        print_first([f"{path}: {reason}" for path, reason in sorted(self.failed.items())])
         print(f"report: {self.path}")
 
 
@@ -159,56 +147,57 @@ def resize_videos(
     *,
     short_side: int,
     fps: float | None,
-    options: X264Options,
-    execution: Execution,
+    x264: X264Options,
+    run_options: RunOptions,
 ) -> ResizeReport | None:
-    """Bring ``output`` up to date with ``source``; the report is written there and returned.
+    """Update `output` from `source`; the report is written to `output` and returned.
 
-    A dry run has none. That of a shard says nothing of what others have yet to do.
+    A dry run has no report. The report of a shard does not include the videos of other shards.
 
-    Raises ``ValueError`` if ``source`` holds no video or one of the folders lies in the other.
+    Raises:
+        ValueError: If `source` has no videos, or one of the folders is inside the other.
     """
     if not source.is_dir():
-        raise ValueError(f"there is no folder {source}")
+        raise ValueError(f"folder not found: {source}")
     source, output = source.resolve(), output.resolve()
     if source.is_relative_to(output) or output.is_relative_to(source):
-        raise ValueError(f"{source} and {output} must be folders apart from each other")
+        raise ValueError(f"neither of {source} and {output} may be inside the other")
     if short_side % 2:
-        raise ValueError(f"the short side must be even, as H.264 needs it, not {short_side}")
+        raise ValueError(f"the short side must be even for H.264, not {short_side}")
     videos = find_videos(source)
     if not videos:
-        raise ValueError(f"{source} holds no video")
+        raise ValueError(f"no videos found below {source}")
 
     outputs, failed = _output_names(source, videos)
-    parameters = {"short_side": short_side, "fps": fps, **asdict(options), "av": av.__version__}
+    parameters = {"short_side": short_side, "fps": fps, **asdict(x264), "av": av.__version__}
     ledger_path = output / ".resize.ledger.jsonl"
     known = Ledger(ledger_path)
     items = []
     for video, name in outputs.items():
         fingerprint = [*file_fingerprint(source / video), parameters]
         earlier = known.last(video)
-        # What was done may differ from what is wanted by the source's time alone.
+        # If only the modification time differs, the content decides.
         alike = earlier and [earlier[0][0], earlier[0][2:]] == [fingerprint[0], fingerprint[2:]]
         result = earlier[1] if earlier and alike else None
         items.append(Item(key=video, fingerprint=fingerprint, argument=(video, name, result)))
     step = run_step(
-        partial(_transcode_item, source, output, short_side=short_side, fps=fps, options=options),
+        partial(_transcode_item, source, output, short_side=short_side, fps=fps, x264=x264),
         items,
         name="resize",
         ledger_path=ledger_path,
-        execution=execution,
-        # The size as well, since whoever deletes or replaces a copy wants it made again.
-        is_intact=lambda video, done: _size_of(output / outputs[video]) == done["num_bytes"],
-        before=lambda todo: remove_unfinished(output, {outputs[video] for video in todo}),
+        run_options=run_options,
+        # A copy that was deleted or replaced is made again.
+        is_intact=lambda video, done: has_size(output / outputs[video], done["num_bytes"]),
+        before=lambda todo: remove_unfinished(output, [outputs[video] for video in todo]),
     )
-    if execution.dry_run or step.left:
-        print_unfinished(step, execution)
-    if execution.dry_run:
+    if run_options.dry_run or step.left:
+        print_unfinished(step, run_options)
+    if run_options.dry_run:
         return None
     failed.update(step.failures)
     report = ResizeReport(
         output=output,
-        shard=execution.shard,
+        shard=run_options.shard,
         num_written=len(step.results) - step.num_kept,
         num_kept=step.num_kept,
         num_bytes=sum(done["num_bytes"] for done in step.results.values()),
@@ -219,16 +208,16 @@ def resize_videos(
 
 
 def _output_names(source: Path, videos: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The output of each source, and what has none since another source has it already."""
+    """The output of each source, and reasons why others have none."""
     outputs: dict[str, str] = {}
     failed: dict[str, str] = {}
     source_of: dict[str, str] = {}
     for video in videos:
         name = PurePosixPath(video).with_suffix(".mp4").as_posix()
         if not (source / video).is_file():
-            failed[video] = "a link that leads nowhere"
+            failed[video] = "broken link"
         elif name in source_of:
-            failed[video] = f"its copy would be {name}, which is that of {source_of[name]}"
+            failed[video] = f"its copy would be {name}, the copy of {source_of[name]}"
         else:
             source_of[name] = video
             outputs[video] = name
@@ -242,32 +231,25 @@ def _transcode_item(
     *,
     short_side: int,
     fps: float | None,
-    options: X264Options,
+    x264: X264Options,
 ) -> dict[str, Any]:
     video, name, earlier = item
-    source_hash = file_hash(source / video)
+    source_hash = file_sha256(source / video)
     if (
         earlier is not None
         and earlier["source_hash"] == source_hash
-        and earlier["num_bytes"] == _size_of(output / name)
+        and has_size(output / name, earlier["num_bytes"])
     ):
         return earlier
-    # Should this fail, no copy of an earlier source or with other options may pass for its result.
+    # If this fails, a copy of an earlier source or with other options must not remain.
     (output / name).unlink(missing_ok=True)
     try:
         written = transcode(
-            source / video, output / name, short_side=short_side, fps=fps, options=options
+            source / video, output / name, short_side=short_side, fps=fps, options=x264
         )
     except VideoDecodeError as error:
         raise ItemFailure(decode_error_reason(error)) from error
     return {**asdict(written), "source_hash": source_hash}
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

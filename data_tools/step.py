@@ -1,6 +1,6 @@
-"""Run one step over its items: what is done already is left alone, the rest is shared out.
+"""Run one step of data preparation over its items, skipping those already done.
 
-items -> those of this shard -> those that the ledger lacks -> engine -> ledger
+items -> items of this shard -> items not in the ledger -> local processes or Ray -> ledger
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from data_tools.ray_engine import map_on_ray
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One piece of work: ``argument`` goes to the step's function.
+    """One unit of work.
 
-    ``key`` names it in the ledger, ``fingerprint`` (JSON) is all that its result depends on.
+    Attributes:
+        key: Its name in the ledger.
+        fingerprint: All that its result depends on, as JSON.
+        argument: Passed to the function of the step.
     """
 
     key: str
@@ -33,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """Part ``number`` (from 0) of ``count``: items are dealt out by a hash of their keys."""
+    """Part `number` (from 0) of `count`; items are assigned by a hash of their keys."""
 
     number: int
     count: int
@@ -42,15 +45,22 @@ class Shard:
         return f"{self.number}-of-{self.count}"
 
     def holds(self, key: str) -> bool:
-        """Whether the item is this shard's."""
+        """Whether the item with this key is in this shard."""
         return zlib.crc32(key.encode(errors="surrogateescape")) % self.count == self.number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where and within which limits the items of a step run; see ``--help`` of any step.
+class RunOptions:
+    """Where the items of a step run, and their limits; see `--help` of any step.
 
-    ``workers`` are processes of this machine (engine "local"); ``shard`` None is all items.
+    Attributes:
+        engine: "local" for processes of this machine, "ray" for a Ray cluster.
+        ray_address: Address of the Ray cluster.
+        workers: Number of local processes.
+        shard: Process only the items of this shard; None for all.
+        timeout_seconds: Time limit per item.
+        memory_bytes: Memory limit per process (Linux), None for no limit.
+        dry_run: Process no items.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -64,11 +74,15 @@ class Execution:
 
 @dataclass(kw_only=True)
 class StepResult:
-    """What is known after a step.
+    """State of the items after a step, by key.
 
-    ``results`` are the function's values by key, ``num_kept`` of them from earlier runs;
-    ``failures`` say why others have none, ``kinds`` what sort of failure. ``left`` are the keys
-    that this run did not touch: those of other shards, or everything in a dry run.
+    Attributes:
+        results: Return values of the function.
+        failures: Reasons why other items have no result.
+        kinds: Kinds of these failures.
+        num_kept: How many of the results are from earlier runs.
+        left: Items without result that this run did not process: those of other shards, or all in
+            a dry run.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
@@ -84,43 +98,54 @@ def run_step(
     *,
     name: str,
     ledger_path: Path,
-    execution: Execution,
+    run_options: RunOptions,
     is_intact: Callable[[str, Any], bool] = lambda key, result: True,
     before: Callable[[list[str]], None] = lambda keys: None,
     unit: str = "video",
 ) -> StepResult:
-    """Apply ``function``, in processes that may crash or hang, to each item not yet done.
+    """Apply `function` to each item not yet done, in processes that may crash or hang.
 
-    ``function`` is a top-level function (or a partial of one) from an item's argument to JSON, not
-    None; it raises ``ItemFailure`` with a reason. A recorded result counts if ``is_intact(key,
-    result)``, such as that its file is still there. ``before`` is called with the keys to be done.
-    Failures are not recorded: they are tried again next time. ``name`` and ``unit`` are shown.
+    Failures are not recorded, so that the next run tries these items again.
+
+    Args:
+        function: A top-level function, or a `functools.partial` of one, from the argument of an
+            item to JSON other than None. Raises `ItemFailure` with a reason.
+        items: All items, done or not.
+        name: Shown beside the progress bar.
+        ledger_path: Where results are recorded.
+        run_options: Where the items run, and their limits.
+        is_intact: `is_intact(key, result)` tells whether a recorded result is still valid, e.g.
+            its output file still exists.
+        before: Called with the keys of the items to do, before the first of them.
+        unit: What an item is, shown beside the progress bar.
     """
     step = StepResult()
-    shard = None if execution.shard is None else str(execution.shard)
+    shard = None if run_options.shard is None else str(run_options.shard)
     ledger = Ledger(ledger_path, shard=shard)
-    with nullcontext() if execution.dry_run else ledger:
+    with nullcontext() if run_options.dry_run else ledger:
         todo = []
         for item in items:
             result = ledger.get(item.key, item.fingerprint)
             if result is not None and is_intact(item.key, result):
                 step.results[item.key] = result
-            elif execution.dry_run or (execution.shard and not execution.shard.holds(item.key)):
+            elif run_options.dry_run or (
+                run_options.shard and not run_options.shard.holds(item.key)
+            ):
                 step.left.append(item.key)
             else:
                 todo.append(item)
         step.num_kept = len(step.results)
         before([item.key for item in todo])
         limits = {
-            "timeout_seconds": execution.timeout_seconds,
-            "memory_bytes": execution.memory_bytes,
+            "timeout_seconds": run_options.timeout_seconds,
+            "memory_bytes": run_options.memory_bytes,
         }
         arguments = [item.argument for item in todo]
-        if execution.engine == "ray" and todo:
-            outcomes = map_on_ray(function, arguments, address=execution.ray_address, **limits)
+        if run_options.engine == "ray" and todo:
+            outcomes = map_on_ray(function, arguments, address=run_options.ray_address, **limits)
         else:
             outcomes = map_in_processes(
-                function, arguments, num_workers=execution.workers, **limits
+                function, arguments, num_workers=run_options.workers, **limits
             )
         with (
             closing(outcomes),
@@ -145,12 +170,12 @@ def run_step(
     return step
 
 
-def print_unfinished(step: StepResult, execution: Execution) -> None:
-    """Print what a dry run would do, or what is left to other shards."""
-    if execution.dry_run:
-        print(f"dry run: {len(step.left)} to do, {step.num_kept} done already")
+def print_unfinished(step: StepResult, run_options: RunOptions) -> None:
+    """Print how much a dry run found to do, or what is left to other shards."""
+    if run_options.dry_run:
+        print(f"dry run: {len(step.left)} to do, {step.num_kept} already done")
     elif step.left:
         print(
-            f"shard {execution.shard}: {len(step.left)} are left to other shards; when all have "
-            "run, run the step once more without --shard for the complete result"
+            f"shard {run_options.shard}: {len(step.left)} left to other shards; when all shards "
+            "have run, run the command again without --shard for the complete result"
         )

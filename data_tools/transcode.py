@@ -1,8 +1,8 @@
-"""Re-encode one video to the form that training reads. Runs in a child process.
+"""Re-encode one video for training. Runs in a child process.
 
-Upright pixels, a short side of at most so many, H.264 with frequent keyframes, no sound. Every
-frame of the source is kept, in order and with its own time, so that clips sampled from the copy are
-those of the source: a variable frame rate stays one, unless a constant one is asked for.
+The copy is upright, has a limited short side, H.264 with frequent keyframes, and no sound. It keeps
+every frame of the source, in order and with its timestamp, so that the same clips are sampled from
+it: a variable frame rate stays variable, unless a constant one is requested.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import av
 from av.filter import Graph
 
-from data_tools.files import atomic_output
 from data_tools.h264 import X264Options, write_h264
+from i3d_gn.files import atomic_output
 from i3d_gn.video_io.decode import VideoDecodeError, probe_video
 from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 from i3d_gn.video_io.pixels import Orientation, orientation_of
@@ -25,7 +25,7 @@ from i3d_gn.video_io.pixels import Orientation, orientation_of
 
 @dataclass(frozen=True, kw_only=True)
 class Transcoded:
-    """What was written."""
+    """Properties of the copy."""
 
     num_frames: int
     width: int
@@ -36,11 +36,17 @@ class Transcoded:
 def transcode(
     source: Path, output: Path, *, short_side: int, fps: float | None, options: X264Options
 ) -> Transcoded:
-    """Write ``source`` as ``output``, which appears complete or not at all.
+    """Write `source` as `output`, which appears complete or not at all.
 
-    ``fps`` None keeps every frame and its time, a number resamples to that many a second.
+    Args:
+        source: The video.
+        output: Its copy.
+        short_side: Maximum short side in pixels, even.
+        fps: Resample to this many frames per second; None keeps every frame and its timestamp.
+        options: Options of x264.
 
-    Raises ``VideoDecodeError`` if the source, or any frame that it should have, cannot be decoded.
+    Raises:
+        VideoDecodeError: If any frame of the source cannot be decoded.
     """
     num_expected = probe_video(source).num_frames
     with open_video(source) as (_, stream), atomic_output(output) as temporary:
@@ -65,7 +71,7 @@ def transcode(
 
 
 class _Counted:
-    """Passes frames on and knows how many there were."""
+    """Passes frames through and counts them."""
 
     def __init__(self, frames: Iterator[av.VideoFrame]) -> None:
         self._frames = frames
@@ -78,9 +84,9 @@ class _Counted:
 
 
 def output_size(width: int, height: int, *, short_side: int) -> tuple[int, int]:
-    """(width, height) with the shorter one ``short_side`` at most, the same shape, both even.
+    """(width, height) with a short side of at most `short_side`, the same aspect ratio, both even.
 
-    H.264 with halved chroma has no odd sizes: they are rounded down (a single pixel becomes two).
+    H.264 with 4:2:0 chroma has no odd sizes: they are rounded down (1 pixel becomes 2).
     """
     scale = min(1.0, short_side / min(width, height))
     if scale == 1.0:
@@ -89,10 +95,10 @@ def output_size(width: int, height: int, *, short_side: int) -> tuple[int, int]:
 
 
 class _Upright:
-    """Scales frames of one video to the output's size and turns them as the file asks for.
+    """Scales frames of one video to the size of the output and applies their rotation.
 
-    The size is that for the first frame; streams may change theirs, and are scaled to it.
-    Colours are not converted: the output carries the source's tags.
+    The first frame determines the size; if later frames of the stream have another size, they are
+    scaled to it. Colors are not converted: the output has the color tags of the source.
     """
 
     def __init__(self, short_side: int, time_base: Fraction) -> None:
@@ -162,10 +168,10 @@ def _frame_rate(stream: av.VideoStream) -> Fraction:
 def _retimed(
     frames: Iterator[av.VideoFrame], *, time_base: Fraction, frame_rate: Fraction
 ) -> Iterator[av.VideoFrame]:
-    """Timestamps from 0, as in the source.
+    """Shift timestamps to start at 0.
 
-    Where that has none, or one that does not increase, a frame comes one nominal duration after the
-    one before.
+    A frame without timestamp, or with one that does not increase, follows the frame before it after
+    one nominal frame duration.
     """
     nominal = max(1, round(1 / (frame_rate * time_base)))
     first, previous = 0, None
@@ -183,10 +189,10 @@ def _retimed(
 def _resampled(
     frames: Iterator[av.VideoFrame], *, frame_rate: Fraction, last_duration: Fraction
 ) -> Iterator[av.VideoFrame]:
-    """Frames at 0, 1, 2, ... over ``frame_rate``, repeated or left out as ffmpeg's fps filter does.
+    """Frames at 0, 1, 2, ... over `frame_rate`, repeated or dropped as by the fps filter of ffmpeg.
 
-    A source frame is due at the nearest of these times and shown until the next one is due; of
-    several due at once the last is shown.
+    A source frame is shown from the nearest of these times until that of the next frame; of several
+    frames with the same nearest time, the last is shown.
     """
     shown: av.VideoFrame | None = None
     due, seconds = 0, Fraction(0)
@@ -207,5 +213,5 @@ def _resampled(
 
 
 def _nearest(time: Fraction) -> int:
-    """The nearest whole number, the larger one of two."""
+    """The nearest integer; halves are rounded up."""
     return math.floor(time + Fraction(1, 2))

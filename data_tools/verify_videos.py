@@ -1,24 +1,24 @@
-"""Decode every video from beginning to end and report what is broken, before training finds it.
+"""Decode every video completely and report defects, before training meets them.
 
-SOURCE is a folder of videos, or any list that `index` reads (then --videos is the folder, and what
-the list names but the folder lacks is reported too). Defects are
-  missing          listed, but no such file
-  no_frames        no bytes, or a video stream without a frame
-  no_video_stream  a sound file of something else
-  unreadable       no video file, or damaged so that nothing can be decoded
-  truncated        frames are missing at the end, or from some damage on
-  timestamps       frames without a time, or not later than the one before
-  damaged          all frames are there, but parts of some are the decoder's guess
-  duplicate        the same pictures as a video before it, in whatever file
-  crashed          takes the decoder down
+SOURCE is a folder of videos, or any list that `i3d-gn index` reads (then --videos is the folder,
+and listed videos without a file are reported too). Defects are
+  missing          listed, but the file does not exist
+  no_frames        an empty file, or a video stream without frames
+  no_video_stream  a valid file of something else, e.g. sound
+  unreadable       not a video file, or damaged so that no frame can be decoded
+  truncated        frames are missing at the end, or after damage
+  timestamps       frames without timestamp, or timestamps that do not increase
+  damaged          all frames can be decoded, but errors in some are concealed by the decoder
+  duplicate        the same frames as an earlier video, in any file format
+  crashed          crashes the decoder
   hung             takes longer than --timeout-seconds
   memory           takes more than --memory-gib
 
-REPORT (JSON) has every video with its defect and reason, or with frames, rate and size. What was
-found is kept in REPORT.ledger.jsonl: after a stop the same command continues, and after changes
-only new and changed files are decoded.
+REPORT (JSON) lists every video with its defect and reason, or with its number of frames, frame rate
+and size. Results are recorded in REPORT.ledger.jsonl: run the same command again to resume; only
+new and changed files are decoded.
 
-Exit status: 0, or 1 if more than --max-defects of all videos are defective, 2 for wrong arguments.
+Exit status: 0, or 1 if more than --max-defects of all videos have defects, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -34,50 +34,46 @@ import av
 
 from data_tools.annotations import read_annotations
 from data_tools.command_line import (
-    add_execution_options,
+    add_run_options,
     new_parser,
-    run_command,
+    parse_options,
     run_script,
-    take_execution,
 )
-from data_tools.examination import examine
-from data_tools.files import find_videos, write_json
-from data_tools.ledger import file_fingerprint
-from data_tools.step import Execution, Item, StepResult, print_unfinished, run_step
+from data_tools.file_status import file_fingerprint
+from data_tools.find_videos import find_videos
+from data_tools.full_decode_check import check_video
+from data_tools.printing import print_first
+from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
+from i3d_gn.files import write_json
 
 DEFECTS = (
     *("missing", "no_frames", "no_video_stream", "unreadable", "truncated", "timestamps"),
     *("damaged", "duplicate", "crashed", "hung", "memory"),
 )
 _DEFECT_OF_FAILURE = {"timeout": "hung", "memory": "memory", "error": "unreadable"}
-_MOST_SHOWN = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = new_parser("verify_videos", __doc__)
+    """Run the command and return its exit status."""
+    parser = new_parser("verify", __doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or list, see above")
     parser.add_argument("report", type=Path, metavar="REPORT", help="the report, NAME.json")
     parser.add_argument(
-        "--videos", type=Path, metavar="FOLDER", help="where the videos of a list are"
+        "--videos", type=Path, metavar="FOLDER", help="folder of the videos of a list"
     )
     parser.add_argument(
-        "--split", metavar="NAME", help="the split of a list that holds several, see `index`"
+        "--split", metavar="NAME", help="split of a list that has several, see `i3d-gn index`"
     )
     parser.add_argument(
         "--max-defects",
         type=_fraction,
         default=0.05,
         metavar="FRACTION",
-        help="exit with status 1 above this share of all videos (default: %(default)g)",
+        help="exit with status 1 if more than this share has defects (default: %(default)g)",
     )
-    add_execution_options(parser, timeout_seconds=300)
-    arguments = parser.parse_args(argv)
-    execution = take_execution(arguments)
-    return run_command(
-        "verify_videos", lambda: verify_videos(**vars(arguments), execution=execution)
-    )
+    add_run_options(parser, timeout_seconds=300)
+    return verify_videos(**parse_options(parser, argv))
 
 
 def verify_videos(
@@ -87,17 +83,20 @@ def verify_videos(
     videos: Path | None,
     split: str | None,
     max_defects: float,
-    execution: Execution,
+    run_options: RunOptions,
 ) -> int:
-    """Write ``report``; the exit status. A shard writes none while videos are left to others.
+    """Write `report` and return the exit status.
 
-    Raises ``ValueError`` for a source that cannot be read or holds no video.
+    Nothing is written after a dry run, and while videos are left to other shards.
+
+    Raises:
+        ValueError: For a source that cannot be read or has no videos.
     """
     root, paths, missing = _listed(source, videos, split)
     if not paths and not missing:
-        raise ValueError(f"{source} holds no video")
+        raise ValueError(f"no videos found in {source}")
     step = run_step(
-        partial(_examine_item, root),
+        partial(_check_item, root),
         [
             Item(
                 key=path,
@@ -108,10 +107,10 @@ def verify_videos(
         ],
         name="verify",
         ledger_path=report.with_name(report.name + ".ledger.jsonl"),
-        execution=execution,
+        run_options=run_options,
     )
-    if execution.dry_run or step.left:
-        print_unfinished(step, execution)
+    if run_options.dry_run or step.left:
+        print_unfinished(step, run_options)
         return 0
     found = [*missing, *_verdicts(paths, step)]
     defective = [entry for entry in found if entry["defect"]]
@@ -127,22 +126,18 @@ def verify_videos(
             "duration_hours": round(seconds / 3600, 3),
             **{f"num_{name}": count for name, count in counts.items()},
             "defective": defective,
-            "sound": [entry for entry in found if not entry["defect"]],
+            "valid": [entry for entry in found if not entry["defect"]],
         },
     )
     share = len(defective) / len(found)
-    print(f"{source}: {len(found)} videos, {len(defective)} of them defective ({share:.2%})")
+    print(f"{source}: {len(found)} videos, {len(defective)} with defects ({share:.2%})")
     for name in DEFECTS:
         if counts[name]:
             print(f"  {name}: {counts[name]}")
-            of_kind = [entry for entry in defective if entry["defect"] == name]
-            for entry in of_kind[:_MOST_SHOWN]:
-                print(f"    {entry['path']}: {entry['reason']}")
-            if counts[name] > _MOST_SHOWN:
-                print(f"    ... and {counts[name] - _MOST_SHOWN} more")
+            print_first([f"{e['path']}: {e['reason']}" for e in defective if e["defect"] == name])
     print(f"report: {report}")
     if share > max_defects:
-        print(f"more than {max_defects:.2%} are defective (--max-defects)", file=sys.stderr)
+        print(f"more than {max_defects:.2%} have defects (--max-defects)", file=sys.stderr)
         return 1
     return 0
 
@@ -150,13 +145,13 @@ def verify_videos(
 def _listed(
     source: Path, videos: Path | None, split: str | None
 ) -> tuple[Path, list[str], list[dict[str, Any]]]:
-    """The folder, the videos that are there, each once, and entries for the others."""
+    """The folder, the existing videos, each once, and report entries for missing ones."""
     if source.is_dir() and videos is None:
         root = source.absolute()
         paths = find_videos(root)
         there = [path for path in paths if (root / path).is_file()]
         dangling = set(paths) - set(there)
-        return root, there, [_missing(path, "a link that leads nowhere") for path in dangling]
+        return root, there, [_missing(path, "broken link") for path in dangling]
     annotations = read_annotations(source, split=split)
     root = video_folder(source, annotations, videos)
     found = find_listed_videos(annotations.videos, root)
@@ -173,12 +168,12 @@ def _missing(path: str, reason: str) -> dict[str, Any]:
     return {"path": path, "defect": "missing", "reason": reason}
 
 
-def _examine_item(root: Path, path: str) -> dict[str, Any]:
-    return asdict(examine(root / path))
+def _check_item(root: Path, path: str) -> dict[str, Any]:
+    return asdict(check_video(root / path))
 
 
 def _verdicts(paths: list[str], step: StepResult) -> list[dict[str, Any]]:
-    """One entry for each path, in their order; of the same pictures the first is no duplicate."""
+    """One report entry per path, in order; of equal videos, the first is not a duplicate."""
     first_with: dict[str, str] = {}
     entries = []
     for path in paths:
@@ -192,7 +187,7 @@ def _verdicts(paths: list[str], step: StepResult) -> list[dict[str, Any]]:
             entry |= result["facts"]
             original = first_with.setdefault(result["content"], path)
             if original != path and not entry["defect"]:
-                entry |= {"defect": "duplicate", "reason": f"the same pictures as {original}"}
+                entry |= {"defect": "duplicate", "reason": f"the same frames as {original}"}
         entries.append(entry)
     return entries
 

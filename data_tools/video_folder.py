@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from data_tools.annotations import Annotations, ListedVideo, split_segment_name
-from data_tools.files import find_videos
+from data_tools.find_videos import find_videos
 
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """The file of an entry.
+    """The file of an entry: its path relative to the folder, None if not found.
 
-    ``path`` is relative to the folder, None if there is none; ``alternatives`` are other files that
-    could as well have been meant.
+    `alternatives` are other files that match the entry.
     """
 
     path: str | None
@@ -25,35 +24,40 @@ class FoundVideo:
 
 
 def video_folder(source: Path, annotations: Annotations, videos: Path | None) -> Path:
-    """The folder, absolute, that the entries of the list ``source`` are files of.
+    """The absolute path of the folder with the videos of the list or folder `source`.
 
-    ``videos`` is what the user said, by --videos. Raises ``ValueError`` if that does not fit.
+    Args:
+        source: What `annotations` was read from.
+        annotations: The entries.
+        videos: The folder given by --videos, if any.
+
+    Raises:
+        ValueError: If the folder is missing, redundant or not a folder.
     """
     if source.is_dir():
         if videos is not None:
             raise ValueError(
-                f"{source} is a folder and holds the videos itself; leave out --videos"
+                f"{source} is the folder of the videos itself, so --videos does not apply"
             )
         return source.absolute()
     if videos is None:
         if not all(video.is_path for video in annotations.videos):
             raise ValueError(
-                f"{source} ({annotations.kind}) names videos by id; say where they are by --videos"
+                f"{source} ({annotations.kind}) names videos by id; pass their folder as --videos"
             )
         return source.parent.absolute()
     if not videos.is_dir():
-        raise ValueError(f"--videos {videos} is no folder")
+        raise ValueError(f"--videos {videos} is not a folder")
     return videos.absolute()
 
 
 def find_listed_videos(videos: Sequence[ListedVideo], folder: Path) -> list[FoundVideo]:
-    """The file of each entry, in their order.
+    """Find the file of each entry.
 
-    An entry that is a path is that file and no other. The others are looked for by name in all
-    of ``folder`` (flat or in subfolders, with any video extension): first the exact
-    ``<id>_<start>_<end>``, then ``<id>``, then the id with other times among the files that no
-    other entry has taken. A file in a folder called ``replacement...``, where the CVDF's release
-    has better copies of corrupted videos, comes before any other with its id.
+    An entry that is a path matches that file only. Other entries are searched by name in `folder`
+    and its subfolders, with any video extension: first `<id>_<start>_<end>`, then `<id>`, then the
+    id with other times among the files that no other entry matched. A file in a folder called
+    `replacement...`, where the CVDF release has better copies of corrupted videos, has precedence.
     """
     found: list[FoundVideo | None] = [None] * len(videos)
     by_name = [i for i, video in enumerate(videos) if not video.is_path]
@@ -82,7 +86,7 @@ def find_listed_videos(videos: Sequence[ListedVideo], folder: Path) -> list[Foun
                 left = [path for path in files_by_id[videos[i].video_id] if path not in taken]
                 found[i] = _choose(left, videos[i]) if left else FoundVideo(None)
                 taken.update(left)
-    # A link that leads nowhere has a name, but is no file.
+    # A broken link is found by name, but is not a file.
     return [
         video if video and video.path and (folder / video.path).is_file() else FoundVideo(None)
         for video in found
@@ -94,7 +98,7 @@ def _is_replacement(path: str) -> bool:
 
 
 def _choose(files: list[str], video: ListedVideo) -> FoundVideo:
-    """Of several files prefer the one in its class's folder, then mp4, then the first by name."""
+    """Of several files prefer one in the folder of its class, then mp4, then the first by name."""
     label = str(video.label or "").replace(" ", "_")
 
     def preference(path: str) -> tuple[bool, bool, str]:
@@ -107,6 +111,6 @@ def _choose(files: list[str], video: ListedVideo) -> FoundVideo:
 
 
 def _relative_to(folder: Path, path: str) -> str:
-    """``path`` as the index has it: relative to ``folder`` if below it."""
+    """`path` as written to the index: relative to `folder` if below it."""
     file = Path(os.path.normpath((folder / path).absolute()))
     return (file.relative_to(folder) if file.is_relative_to(folder) else file).as_posix()

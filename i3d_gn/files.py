@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+# What file systems without locks answer, such as Lustre mounted without `flock`.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+# The temporary names of `atomic_output`.
+_UNFINISHED = re.compile(r"\.(?P<output>.+)\.[^.]+\.part")
 
 
 @contextlib.contextmanager
@@ -31,6 +38,20 @@ def atomic_output(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(root: Path, outputs: Iterable[str]) -> None:
+    """Remove the temporary files that killed processes left of `outputs`, paths below `root`.
+
+    Temporary files of other outputs stay: another process may be writing them.
+    """
+    wanted = frozenset(outputs)
+    for folder, _, names in os.walk(root) if wanted else ():
+        relative = Path(folder).relative_to(root)
+        for name in names:
+            match = _UNFINISHED.fullmatch(name)
+            if match and (relative / match["output"]).as_posix() in wanted:
+                Path(folder, name).unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_output(path) as temporary:
@@ -49,3 +70,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def lock_file(file: BinaryIO, *, wait: bool) -> bool:
+    """Take the exclusive lock of an open file, held until it is closed; whether that succeeded.
+
+    Without `wait` it fails if another process holds the lock. The lock ends with the process that
+    holds it. On a file system without locks it always succeeds.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True

@@ -1,4 +1,4 @@
-"""Small trees of real video files, an encoder for odd ones, a web server with moods."""
+"""Fixtures: small sets of videos, an encoder for odd ones, a web server that fails on request."""
 
 import contextlib
 import hashlib
@@ -34,13 +34,13 @@ def motion_clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip(motion_clips) -> Path:
-    """One good video: 12 frames of 128 x 96 at 25 a second."""
+    """A valid video: 12 frames of 128x96 at 25 frames per second."""
     return motion_clips / "train" / "move_left" / "move_left_000.mp4"
 
 
 @pytest.fixture
 def place_clip(clip) -> Callable[[Path], Path]:
-    """Put a copy of the good video at a path."""
+    """Place a copy of the valid video at a path."""
 
     def place(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ def place_clip(clip) -> Callable[[Path], Path]:
 
 @pytest.fixture
 def encode() -> Callable[..., Path]:
-    """Write RGB pictures (T, H, W, 3) as a video, by PyAV alone."""
+    """Encode RGB images (T, H, W, 3) as a video, with PyAV only."""
 
     def write(
         path: Path,
-        pictures: np.ndarray,
+        images: np.ndarray,
         *,
         codec: str = "libx264",
         pixel_format: str = "yuv420p",
@@ -68,15 +68,15 @@ def encode() -> Callable[..., Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=25, options={"crf": str(crf)})
-            stream.height, stream.width = pictures.shape[1:3]
+            stream.height, stream.width = images.shape[1:3]
             stream.pix_fmt = pixel_format
             stream.codec_context.time_base = time_base
             if full_range:
                 stream.codec_context.color_range = 2
             if rotation:
                 stream.set_display_rotation(rotation)
-            for t, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            for t, image in enumerate(images):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                     format=pixel_format, dst_color_range=2 if full_range else 1
                 )
                 frame.pts, frame.time_base = (pts[t] if pts else t), time_base
@@ -109,10 +109,10 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def kill_midway(tmp_path) -> Callable[..., None]:
-    """Run ``data_tools.<module>``, kill it when it has done part of its work: always the same part.
+    """Run `data_tools.<module>` and kill it after a fixed part of its work.
 
-    Each of its processes does ``calls`` calls of the module's ``function`` and hangs in the next.
-    The kill comes when ``is_midway()`` says that all have come that far.
+    Each of its processes completes `calls` calls of the module's `function` and hangs in the next.
+    The command is killed as soon as `is_midway()` is true.
     """
 
     def run(
@@ -123,7 +123,7 @@ def kill_midway(tmp_path) -> Callable[..., None]:
         process = subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL)
         try:
             while not is_midway():
-                assert process.poll() is None, "it has ended, or cannot begin"
+                assert process.poll() is None, "the process has ended or failed to start"
                 time.sleep(0.01)
         finally:
             process.kill()
@@ -133,8 +133,8 @@ def kill_midway(tmp_path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def pictures() -> np.ndarray:
-    """16 smooth, moving pictures of 120 x 80, no two corners alike."""
+def images() -> np.ndarray:
+    """16 smooth moving images of 120x80; all corners differ."""
     rows, columns = np.mgrid[0:80, 0:120].astype(np.float64)
     frames = np.empty((16, 80, 120, 3), np.uint8)
     for t in range(16):
@@ -145,20 +145,22 @@ def pictures() -> np.ndarray:
 
 
 class HttpServer:
-    """Serves a folder as a bucket does (ranges, MD5 as ETag), and misbehaves when told to.
+    """Serves a folder like a bucket (ranges, MD5 as ETag), with faults on request.
 
-    ``troubles[name]`` are used up one a request: ("drop", n) closes after n bytes of the answer,
-    ("stall", n) sends n and then nothing, ("length", n) claims n bytes too many, ("flip", n) alters
-    byte n, ("status", code), ("busy", seconds) is 503 with Retry-After, ("no_ranges", 0) ignores
-    Range, ("no_if_range", 0) ignores If-Range, ("shifted_range", n) answers with another range,
-    ("slow", 0) takes a while.
-    ``headers`` replace those of an answer ("-" leaves one out). ``requests`` are (name, first byte
-    asked for, last) as they came.
+    Attributes:
+        faults: For each name, faults of the next requests, one per request: ("drop", n) closes the
+            connection after n bytes, ("stall", n) sends n bytes and then nothing, ("length", n)
+            sends a Content-Length n bytes too long, ("flip", n) changes byte n, ("status", code)
+            fails, ("busy", seconds) is 503 with Retry-After, ("no_ranges", 0) ignores Range,
+            ("no_if_range", 0) ignores If-Range, ("shifted_range", n) sends another range, ("slow",
+            0) waits before it sends.
+        headers: Replace the headers of responses; "-" removes a header.
+        requests: (name, first byte, last byte) of the requests so far.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.troubles: dict[str, list[tuple[str, int]]] = {}
+        self.faults: dict[str, list[tuple[str, int]]] = {}
         self.headers: dict[str, str] = {}
         self.requests: list[tuple[str, int | None, int | None]] = []
         self.closing = threading.Event()
@@ -199,30 +201,30 @@ class _Handler(BaseHTTPRequestHandler):
         last = int(match[2]) if match and match[2] else None
         if with_body:
             self.owner.requests.append((name, first, last))
-        queue = self.owner.troubles.get(name)
-        trouble, value = queue.pop(0) if queue and with_body else ("", 0)
+        queue = self.owner.faults.get(name)
+        fault, value = queue.pop(0) if queue and with_body else ("", 0)
         path = self.owner.folder / name
-        if trouble == "status" or not path.is_file():
-            return self._refuse(value if trouble == "status" else 404)
-        if trouble == "busy":
+        if fault == "status" or not path.is_file():
+            return self._refuse(value if fault == "status" else 404)
+        if fault == "busy":
             return self._refuse(503, {"Retry-After": str(value)})
         content = path.read_bytes()
         headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         headers |= self.owner.headers
         total, status = len(content), 200
         same_version = self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]
-        same_version = same_version or trouble == "no_if_range"
-        if first is not None and same_version and trouble != "no_ranges":
-            if trouble == "shifted_range":
+        same_version = same_version or fault == "no_if_range"
+        if first is not None and same_version and fault != "no_ranges":
+            if fault == "shifted_range":
                 first += value
             if first >= total:
                 return self._refuse(416, {"Content-Range": f"bytes */{total}"})
             last = min(total - 1 if last is None else last, total - 1)
             content = content[first : last + 1]
             headers["Content-Range"], status = f"bytes {first}-{last}/{total}", 206
-        if trouble == "flip":
+        if fault == "flip":
             content = content[:value] + bytes([content[value] ^ 1]) + content[value + 1 :]
-        headers["Content-Length"] = str(len(content) + (value if trouble == "length" else 0))
+        headers["Content-Length"] = str(len(content) + (value if fault == "length" else 0))
         self.send_response(status)
         for key, text in headers.items():
             if text != "-":
@@ -230,12 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not with_body:
             return None
-        self.wfile.write(content[:value] if trouble in {"drop", "stall"} else content)
-        if trouble == "stall":
+        self.wfile.write(content[:value] if fault in {"drop", "stall"} else content)
+        if fault == "stall":
             self.owner.closing.wait(10)
-        if trouble == "slow":
+        if fault == "slow":
             self.owner.closing.wait(0.5)
-        if trouble in {"drop", "stall", "length"}:
+        if fault in {"drop", "stall", "length"}:
             self.close_connection = True
         return None
 
@@ -249,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def http_server(tmp_path) -> Iterator[HttpServer]:
-    """A server of the folder ``tmp_path / "served"`` on this machine."""
+    """A local server of the folder `tmp_path / "served"`."""
     (tmp_path / "served").mkdir()
     server = HttpServer(tmp_path / "served")
     yield server

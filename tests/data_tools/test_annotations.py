@@ -1,4 +1,4 @@
-"""Every format of list that people have, with rows as they occur."""
+"""Every supported list format, with rows as they occur in practice."""
 
 import csv
 import json
@@ -52,13 +52,13 @@ def test_official_csv_of_the_test_set(write):
 
 
 @pytest.mark.parametrize("name", ["val", "validate", "validation"])
-def test_split_is_chosen(write, name):
+def test_split_is_selected(write, name):
     path = write(
         "label,youtube_id,time_start,time_end,split\n"
         "yoga,aaaaaaaaaaa,1,11,train\nyoga,bbbbbbbbbbb,1,11,validate\n"
     )
     assert named(read_annotations(path, split=name)) == [("bbbbbbbbbbb_000001_000011", "yoga")]
-    with pytest.raises(ValueError, match="holds the splits train, validate; choose by --split"):
+    with pytest.raises(ValueError, match="has the splits train, validate; select one with --split"):
         read_annotations(path)
     with pytest.raises(ValueError, match="has no split 'test', only train, validate"):
         read_annotations(path, split="test")
@@ -101,7 +101,7 @@ def test_path_label_list(write):
     assert all(video.is_path for video in annotations.videos)
 
 
-def test_path_label_list_with_names_commas_or_no_labels(write):
+def test_path_label_list_with_names_commas_or_without_labels(write):
     assert named(read_annotations(write("\ufeffa.mp4 yoga\nb c.mp4 air_drumming\n"))) == [
         ("a.mp4", "yoga"),
         ("b c.mp4", "air_drumming"),
@@ -149,7 +149,7 @@ def test_class_folders(tmp_path):
 
 
 def test_class_folders_agree_with_pytorchvideo(tmp_path):
-    """On mp4 and avi, all that its class reads."""
+    """On mp4 and avi, the only extensions that pytorchvideo reads."""
     for name in ["b c/x.mp4", "b c/-y.avi", "_a/z.MP4", "A/deep/er.mp4"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -174,20 +174,20 @@ def json_of(label="a", subset="training", labels=()):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("", "list.txt", r"list.txt \(`path label` list\) lists no video"),
+        ("", "list.txt", r"list.txt \(`path label` list\) lists no videos"),
         ("a.mp4 1\nwhat\n", "list.txt", r"list.txt:2: 'what' is neither `path label` nor"),
-        (OFFICIAL.replace(",417,", ",4m,"), "v.csv", r"v.csv:2: time_start .* whole seconds"),
+        (OFFICIAL.replace(",417,", ",4m,"), "v.csv", r"v.csv:2: time_start .* integer seconds"),
         (OFFICIAL + "yoga,,1,2,val,0\n", "v.csv", r"v.csv:5: field youtube_id is missing"),
         (OFFICIAL + "yoga,a,1\n", "v.csv", r"v.csv:5: expected the 6 fields label,youtube_id"),
-        (OFFICIAL + "a, b,c,1,2,val,0\n", "v.csv", r"v.csv:5: .* comma must be quoted"),
+        (OFFICIAL + "a, b,c,1,2,val,0\n", "v.csv", r"v.csv:5: .* quote names that contain a comma"),
         ("path,label\na.mp4,\n", "t.csv", r"t.csv:2: field label is missing or empty"),
-        ("{}", "k.json", r"k.json is not in the JSON form of 3D-ResNets-PyTorch"),
-        ("[1]", "k.json", r"k.json is not in the JSON form"),
-        ("{", "k.json", r"k.json is not in the JSON form"),
+        ("{}", "k.json", r"k.json is not in the JSON format of 3D-ResNets-PyTorch"),
+        ("[1]", "k.json", r"k.json is not in the JSON format"),
+        ("{", "k.json", r"k.json is not in the JSON format"),
         (json_of(label=3.5), "k.json", r"x has the label 3.5 and the subset 'training'"),
         (json_of(label=["a"]), "k.json", r"x has the label \['a'\]"),
         (json_of(subset=None), "k.json", r"x has the label 'a' and the subset None"),
-        (json_of(labels=[1]), "k.json", r"labels must be names, not \(1,\)"),
+        (json_of(labels=[1]), "k.json", r"labels must be strings, not \(1,\)"),
     ],
 )
 def test_malformed_lists(write, text, name, message):
@@ -196,15 +196,15 @@ def test_malformed_lists(write, text, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_other_wrong_sources(tmp_path, write):
-    with pytest.raises(ValueError, match="there is no list or folder"):
+def test_invalid_sources(tmp_path, write):
+    with pytest.raises(ValueError, match="list or folder not found"):
         read_annotations(tmp_path / "none")
-    with pytest.raises(ValueError, match="no class folders with videos.*give the list as source"):
+    with pytest.raises(ValueError, match="no class folders with videos.*pass its list as SOURCE"):
         read_annotations(tmp_path)
-    with pytest.raises(ValueError, match="has no splits to select 'val' from"):
+    with pytest.raises(ValueError, match="has no splits, so --split val does not apply"):
         read_annotations(write("a.mp4 1\n"), split="val")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is no text file in UTF-8"):
+    with pytest.raises(ValueError, match="is not a UTF-8 text file"):
         read_annotations(tmp_path / "binary")
 
 
@@ -217,7 +217,7 @@ def test_other_wrong_sources(tmp_path, write):
         ("a_12_34", "a_12_34"),
     ],
 )
-def test_id_in_a_file_name(stem, video_id):
+def test_split_segment_name(stem, video_id):
     assert split_segment_name(stem) == video_id
 
 

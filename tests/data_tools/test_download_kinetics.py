@@ -1,4 +1,4 @@
-"""A miniature of the CVDF's release, from the web to an index."""
+"""A small copy of the CVDF release, from the web server to an index."""
 
 import csv
 import io
@@ -8,7 +8,8 @@ import tarfile
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import download_kinetics, extract_archives, index_videos, resize_videos
+from data_tools import download_kinetics
+from i3d_gn import cli
 
 QUICK = ["--attempts", "3", "--stall-seconds", "4", "--workers", "2"]
 
@@ -24,7 +25,7 @@ def tar_of(members):
 
 
 def publish(server, rows, content, *, corrupt):
-    """Serve ``rows`` of an official CSV as the release is laid out; ``corrupt`` is a broken id."""
+    """Serve `rows` of an official CSV in the layout of the release; `corrupt` is a corrupted id."""
     official = download_kinetics.OFFICIAL_BASE_URL
     folder = server.folder
     for split in ("train", "val"):
@@ -71,8 +72,7 @@ def release(http_server, clip):
 
 
 def download(release, output, *arguments):
-    arguments = [str(output), "--base-url", release.url, *QUICK, *arguments]
-    return download_kinetics.main(arguments)
+    return cli.main(["download", str(output), "--base-url", release.url, *QUICK, *arguments])
 
 
 def report_of(output):
@@ -90,8 +90,8 @@ FILES = [
 ]
 
 
-def test_from_the_web_to_an_index(release, tmp_path, capsys):
-    release.troubles |= {
+def test_download_extract_resize_index(release, tmp_path, capsys):
+    release.faults |= {
         "train/part_0.tar.gz": [("drop", 3000), ("status", 500)],
         "train/part_1.tar.gz": [("flip", 2000)],
         "val/part_0.tar.gz": [("stall", 1000)],
@@ -108,11 +108,11 @@ def test_from_the_web_to_an_index(release, tmp_path, capsys):
         original = release.folder / served.get(name, name)
         assert (archives / name).read_bytes() == original.read_bytes()
 
-    assert extract_archives.main([str(archives), str(videos), "--workers", "1"]) == 0
-    assert resize_videos.main([str(videos / "train"), str(tmp_path / "train"), "--workers=1"]) == 0
+    assert cli.main(["extract", str(archives), str(videos), "--workers", "1"]) == 0
+    assert cli.main(["resize", str(videos / "train"), str(tmp_path / "train"), "--workers=1"]) == 0
     source, index = archives / "annotations" / "train.csv", tmp_path / "train.parquet"
     arguments = [str(source), str(index), "--videos", str(tmp_path / "train"), "--workers", "1"]
-    assert index_videos.main([*arguments, "--decode"]) == 0
+    assert cli.main(["index", *arguments, "--decode"]) == 0
     rows = pq.read_table(index).to_pylist()
     assert [(row["path"], row["class_name"], row["num_frames"]) for row in rows] == [
         ("-0000000000_000000_000010.mp4", "yoga", 12),
@@ -122,15 +122,15 @@ def test_from_the_web_to_an_index(release, tmp_path, capsys):
     ]
 
 
-def test_what_cannot_be_had_is_reported_and_fetched_next_time(release, tmp_path, capsys):
+def test_failed_files_are_reported_and_downloaded_by_the_next_run(release, tmp_path, capsys):
     archives = tmp_path / "archives"
-    release.troubles["train/part_1.tar.gz"] = [("status", 404)] * 2
-    release.troubles["val/part_1.tar.gz"] = [("drop", 0)] * 3
+    release.faults["train/part_1.tar.gz"] = [("status", 404)] * 2
+    release.faults["val/part_1.tar.gz"] = [("drop", 0)] * 3
     assert download(release, archives) == 1
-    assert "5 files downloaded, 0 there already, 2 failed" in capsys.readouterr().out
+    assert "5 files downloaded, 0 already there, 2 failed" in capsys.readouterr().out
     failed = {entry["path"]: entry["reason"] for entry in report_of(archives)["failed"]}
     assert "HTTP 404" in failed["train/part_1.tar.gz"]
-    assert "given up after 3 attempts" in failed["val/part_1.tar.gz"]
+    assert "gave up after 3 attempts" in failed["val/part_1.tar.gz"]
 
     (archives / "val" / "part_0.tar.gz").unlink()
     release.requests.clear()
@@ -142,22 +142,22 @@ def test_what_cannot_be_had_is_reported_and_fetched_next_time(release, tmp_path,
 def test_dry_run_and_shards(release, tmp_path, capsys):
     archives = tmp_path / "archives"
     assert download(release, archives, "--dry-run") == 0
-    assert "dry run: 7 to do, 0 done already" in capsys.readouterr().out
+    assert "dry run: 7 to do, 0 already done" in capsys.readouterr().out
     assert not archives.exists()
     for i in range(3):
         assert download(release, archives, "--shard", f"{i}/3") == 0
     assert download(release, archives, "--dry-run") == 0
-    assert "dry run: 0 to do, 7 done already" in capsys.readouterr().out
-    # Each file was fetched by one shard only (the lists of archives by each).
+    assert "dry run: 0 to do, 7 already done" in capsys.readouterr().out
+    # Each file was downloaded by one shard only (the lists of archives by each).
     archive_requests = [name for name, *_ in release.requests if not name.endswith("path.txt")]
     assert len(archive_requests) == len(set(archive_requests)) == 7
 
 
 @pytest.mark.parametrize("text", ["<html>nothing here</html>", ""])
-def test_a_wrong_base_url(release, tmp_path, capsys, text):
+def test_wrong_base_url(release, tmp_path, capsys, text):
     (release.folder / "train" / "k400_train_path.txt").write_text(text)
     assert download(release, tmp_path / "a") == 2
-    assert "is no list of archives" in capsys.readouterr().err
+    assert "is not a list of archives" in capsys.readouterr().err
     (release.folder / "train" / "k400_train_path.txt").unlink()
     assert download(release, tmp_path / "b") == 2
     error = capsys.readouterr().err
@@ -166,8 +166,8 @@ def test_a_wrong_base_url(release, tmp_path, capsys, text):
 
 
 @pytest.mark.real_data
-def test_real_rows_and_clips(http_server, shared_data, tmp_path):
-    """Genuine annotations, ids that begin with - and _ among them, around a genuine clip."""
+def test_real_annotations_and_clip(http_server, shared_data, tmp_path):
+    """Real annotations, with ids that begin with - and _, and a real clip."""
     content = (shared_data / "kinetics_tiny" / "val" / "0pVGiAU6XEA.mp4").read_bytes()
     with open(shared_data / "kinetics400" / "val_official.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["youtube_id"][0] in "-_"][:6]
@@ -178,12 +178,12 @@ def test_real_rows_and_clips(http_server, shared_data, tmp_path):
     publish(http_server, rows, content, corrupt=corrupt)
     archives, videos = tmp_path / "archives", tmp_path / "videos"
     assert download(http_server, archives) == 0
-    assert extract_archives.main([str(archives), str(videos), "--workers", "1"]) == 0
+    assert cli.main(["extract", str(archives), str(videos), "--workers", "1"]) == 0
     for split in ("train", "val"):
         source, index = archives / "annotations" / f"{split}.csv", tmp_path / f"{split}.parquet"
         label_map = shared_data / "kinetics400" / "label_map.txt"
         arguments = [str(source), str(index), "--videos", str(videos / split)]
-        assert index_videos.main([*arguments, "--label-map", str(label_map)]) == 0
+        assert cli.main(["index", *arguments, "--label-map", str(label_map)]) == 0
         table = pq.read_table(index).to_pylist()
         of_split = [row for row in rows if row["split"] == split]
         assert [row["class_name"] for row in table] == [row["label"] for row in of_split]

@@ -1,47 +1,47 @@
-"""What is exported is read back as the same index."""
+"""Exported lists are read back as the same index."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from data_tools import export_list, index_videos
 from data_tools.annotations import read_annotations
+from i3d_gn import cli
 from i3d_gn.video_io.index import VideoIndex
 
 
 @pytest.fixture
 def index(motion_set, tmp_path) -> Path:
-    """With a file name that has spaces and begins with a hyphen."""
+    """An index with file names that contain spaces and begin with a hyphen."""
     videos = tmp_path / "videos"
     for source in sorted((motion_set.folder / "videos" / "train").rglob("*.mp4"))[:5]:
         (videos / source.parent.name).mkdir(parents=True, exist_ok=True)
         (videos / source.parent.name / f"- {source.name}").symlink_to(source)
-    assert index_videos.main([str(videos), str(tmp_path / "a.parquet"), "--workers", "1"]) == 0
+    assert cli.main(["index", str(videos), str(tmp_path / "a.parquet"), "--workers", "1"]) == 0
     return tmp_path / "a.parquet"
 
 
 @pytest.mark.parametrize("absolute", [[], ["--absolute"]])
-@pytest.mark.parametrize("form", ["list", "csv", "json"])
-def test_and_back(index, tmp_path, form, absolute):
-    labels, exported = tmp_path / "labels.txt", tmp_path / f"exported.{form}"
-    assert export_list.main([str(index), str(labels), "--format", "labels"]) == 0
-    assert export_list.main([str(index), str(exported), "--format", form, *absolute]) == 0
+@pytest.mark.parametrize("format", ["list", "csv", "json"])
+def test_round_trip(index, tmp_path, format, absolute):
+    labels, exported = tmp_path / "labels.txt", tmp_path / f"exported.{format}"
+    assert cli.main(["export", str(index), str(labels), "--format", "labels"]) == 0
+    assert cli.main(["export", str(index), str(exported), "--format", format, *absolute]) == 0
     again = tmp_path / "b.parquet"
     options = ["--videos", str(tmp_path / "videos"), "--label-map", str(labels), "--workers", "1"]
-    assert index_videos.main([str(exported), str(again), *options]) == 0
+    assert cli.main(["index", str(exported), str(again), *options]) == 0
     first, second = VideoIndex.load(index), VideoIndex.load(again)
     assert second.paths == first.paths
     assert second.labels.tolist() == first.labels.tolist()
     assert second.class_names == first.class_names
 
 
-def test_the_forms_themselves(index, tmp_path):
+def test_formats(index, tmp_path):
     videos = VideoIndex.load(index)
-    export_list.main([str(index), str(tmp_path / "x.txt")])
+    cli.main(["export", str(index), str(tmp_path / "x.txt")])
     assert (tmp_path / "x.txt").read_text().splitlines()[0] == ("move_down/- move_down_000.mp4 0")
-    export_list.main([str(index), str(tmp_path / "x.json"), "--format", "json", "--split", "val"])
-    # 3D-ResNets-PyTorch compares subsets with these very words.
+    cli.main(["export", str(index), str(tmp_path / "x.json"), "--format", "json", "--split", "val"])
+    # 3D-ResNets-PyTorch compares subsets with exactly these words.
     document = json.loads((tmp_path / "x.json").read_text())
     assert document["database"]["- move_down_000"] == {
         "subset": "validation",

@@ -1,4 +1,4 @@
-"""Every video of the archives, replaced where need be, and nothing anywhere else."""
+"""All videos of the archives are extracted or replaced, and nothing else is written."""
 
 import gzip
 import io
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import extract_archives
+from i3d_gn import cli
 
 
 def run(*arguments):
-    return extract_archives.main([*map(str, arguments), "--workers", "1"])
+    return cli.main(["extract", *map(str, arguments), "--workers", "1"])
 
 
 def report_of(output):
@@ -33,7 +33,7 @@ def video(name, size):
 
 
 def pack(path, members):
-    """``members`` are (name, content) or ready TarInfos."""
+    """`members` are (name, content) or ready TarInfos."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = "w" if path.suffix == ".tar" else "w:gz"
     with tarfile.open(path, mode) as tar:
@@ -51,13 +51,13 @@ A, B = video("-aaaaaaaaaa_000010_000020.mp4", 5000), video("_bbbbbbbbbb_000001_0
 C, D = video("ccccccccccc_000010_000020.mp4", 7777), video("ddddddddddd_000010_000020.mp4", 1)
 
 
-def test_the_release_as_it_is_laid_out(tmp_path, capsys):
+def test_release_layout(tmp_path, capsys):
     archives = tmp_path / "archives"
     pack(archives / "train" / "part_0.tar.gz", [A, B, ("notes.txt", b"x"), ("._" + A[0], b"x")])
     pack(archives / "train" / "part_1.tar.gz", [("./" + C[0], C[1])])
     pack(archives / "val" / "part_0.tar", [D])
     replacement = ("replacement_for_corrupted_k400/_bbbbbbbbbb_000002_000012.mp4", b"better")
-    unused = ("replacement_for_corrupted_k400/zzzzzzzzzzz_000002_000012.mp4", b"nobody's")
+    unused = ("replacement_for_corrupted_k400/zzzzzzzzzzz_000002_000012.mp4", b"unused")
     pack(archives / "replacement" / "replacement_for_corrupted_k400.tgz", [replacement, unused])
     output = tmp_path / "videos"
     assert run(archives, output) == 0
@@ -71,8 +71,8 @@ def test_the_release_as_it_is_laid_out(tmp_path, capsys):
 
     before = {path: path.stat().st_ino for path in output.rglob("*.mp4")}
     assert run(archives, output) == 0
-    assert "(3 done before)" in capsys.readouterr().out
-    # A replacement archive that comes later is applied all the same.
+    assert "(3 already done)" in capsys.readouterr().out
+    # A replacement archive that is added later is applied too.
     pack(archives / "replacement2" / "replacement_2.tar", [(C[0], b"best")])
     assert run(archives, output) == 0
     assert content_of(output / "train") == {A[0]: A[1], B[0]: b"better", C[0]: b"best"}
@@ -80,8 +80,8 @@ def test_the_release_as_it_is_laid_out(tmp_path, capsys):
     assert [path.name for path in before if after[path] != before[path]] == [C[0]]
 
 
-def test_archives_may_lie_in_one_folder(tmp_path, capsys):
-    """Then the replacements are not all that was extracted to that folder."""
+def test_replacements_in_the_same_folder(tmp_path, capsys):
+    """Then the folder has other videos beside the replacements."""
     pack(tmp_path / "archives" / "part_0.tar.gz", [A, B])
     better = ("replacement_for_corrupted_k400/_bbbbbbbbbb_000002_000012.mp4", b"better")
     pack(tmp_path / "archives" / "replacement_k400.tgz", [better])
@@ -90,9 +90,9 @@ def test_archives_may_lie_in_one_folder(tmp_path, capsys):
     first = report_of(output)
     assert first["replaced"] == [B[0]]
     assert run(tmp_path / "archives", output) == 0
-    assert "(1 done before)" in capsys.readouterr().out
+    assert "(1 already done)" in capsys.readouterr().out
     assert report_of(output) == first
-    # A replacement that was deleted comes back before anything is replaced by it.
+    # A deleted replacement is extracted again before it replaces a video.
     (output / better[0]).unlink()
     (output / B[0]).unlink()
     os.utime(tmp_path / "archives" / "part_0.tar.gz", (1, 1))
@@ -106,7 +106,7 @@ def link(name, target, kind):
     return info
 
 
-def test_nothing_leads_out(tmp_path):
+def test_members_outside_the_output_are_refused(tmp_path):
     secret = tmp_path / "secret.mp4"
     secret.write_text("secret")
     device = tarfile.TarInfo("device.mp4")
@@ -132,14 +132,14 @@ def test_nothing_leads_out(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["secret.mp4"]
     refused = [(entry["member"], entry["reason"]) for entry in report_of(output)["refused"]]
     assert [reason for _, reason in refused] == [
-        *["its path leads out of the folder"] * 3,
+        *["its path leads outside the folder"] * 3,
         *["a link"] * 3,
-        "no regular file",
+        "not a regular file",
     ]
 
 
-def test_what_no_later_step_could_take_is_refused(tmp_path):
-    """A name that is not UTF-8, and a few bytes that stand for 64 MiB of zeros."""
+def test_sparse_members_and_invalid_names_are_refused(tmp_path):
+    """A name that is not UTF-8, and a few bytes that expand to 64 MiB of zeros."""
     sparse = tarfile.TarInfo("sparse.mp4")
     sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**26)}
     members = [("caf\udce9.mp4", b"x"), link("caf\udce9 link.mp4", "x", tarfile.SYMTYPE), sparse, D]
@@ -153,12 +153,12 @@ def test_what_no_later_step_could_take_is_refused(tmp_path):
     assert refused["sparse.mp4"].startswith("a sparse file")
 
 
-def test_what_a_kill_left_unfinished_is_removed(tmp_path):
+def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
     pack(tmp_path / "archives" / "train" / "part_0.tar", [A, B])
     folder = tmp_path / "videos" / "train"
     folder.mkdir(parents=True)
     (folder / f".{A[0]}.machine-1.part").write_bytes(A[1][:100])
-    (folder / f".{C[0]}.machine-1.part").write_text("of another shard at work")
+    (folder / f".{C[0]}.machine-1.part").write_text("of another shard that is running")
     assert run(tmp_path / "archives", tmp_path / "videos") == 0
     assert {path.name for path in folder.iterdir()} == {A[0], B[0], f".{C[0]}.machine-1.part"}
 
@@ -170,8 +170,8 @@ def raw_tar(tmp_path, members):
 @pytest.mark.parametrize(
     "damage", ["cut stream", "cut at a member", "flipped bit", "bad header", "no archive"]
 )
-def test_damage_is_found_and_what_came_before_is_kept(tmp_path, damage):
-    """All of these but the first and last are silently accepted by ``tarfile`` alone."""
+def test_damaged_archive_is_reported_and_earlier_videos_are_kept(tmp_path, damage):
+    """`tarfile` alone accepts all of these but the first and last."""
     archive = tmp_path / "archives" / "part_0.tar.gz"
     archive.parent.mkdir()
     raw = raw_tar(tmp_path, [A, C, D])
@@ -204,16 +204,16 @@ def test_damage_is_found_and_what_came_before_is_kept(tmp_path, damage):
     assert content_of(output) == whole
 
 
-def test_a_damaged_replacement_archive_stops_it(tmp_path, capsys):
+def test_damaged_replacement_archive_is_an_error(tmp_path, capsys):
     pack(tmp_path / "archives" / "part_0.tar", [A])
     (tmp_path / "archives" / "replacement.tgz").write_bytes(b"no archive")
     assert run(tmp_path / "archives", tmp_path / "videos") == 2
-    assert "replacements must be complete" in capsys.readouterr().err
+    assert "archives of replacements must be complete" in capsys.readouterr().err
     assert content_of(tmp_path / "videos") == {}
 
 
-def test_killed_and_run_again(tmp_path, kill_midway):
-    """Videos that were there are not written again, the end is that of one run."""
+def test_killed_run_resumes(tmp_path, kill_midway):
+    """Existing videos are not written again, and the result equals that of one run."""
     members = [video(f"{i:011d}_000000_000010.mp4", 40_000) for i in range(30)]
     for part in range(2):
         pack(tmp_path / "archives" / f"part_{part}.tar.gz", members[part::2])
@@ -228,7 +228,7 @@ def test_killed_and_run_again(tmp_path, kill_midway):
     )
     assert content_of(output) == dict(members[:10])
     inodes = {path: path.stat().st_ino for path in output.glob("*.mp4")}
-    assert extract_archives.main([*map(str, arguments)]) == 0
+    assert cli.main(["extract", *map(str, arguments)]) == 0
     assert content_of(output) == dict(members)
     assert all(path.stat().st_ino == inode for path, inode in inodes.items())
 
@@ -236,4 +236,4 @@ def test_killed_and_run_again(tmp_path, kill_midway):
 def test_no_archives(tmp_path, capsys):
     Path(tmp_path / "x.zip").touch()
     assert run(tmp_path, tmp_path / "videos") == 2
-    assert "holds no archive" in capsys.readouterr().err
+    assert "no archives" in capsys.readouterr().err

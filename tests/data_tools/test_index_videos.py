@@ -1,4 +1,4 @@
-"""From a list and a folder to the index and its report."""
+"""A list and a folder give the expected index and report."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import index_videos
-from data_tools.examination import examine
+from data_tools.full_decode_check import check_video
 from data_tools.probing import probe
+from i3d_gn import cli
 from i3d_gn.video_io.index import VideoIndex
 
 
 def run(*arguments, workers=1):
-    return index_videos.main([*map(str, arguments), "--workers", str(workers)])
+    return cli.main(["index", *map(str, arguments), "--workers", str(workers)])
 
 
 def report_of(output):
@@ -42,8 +42,8 @@ def test_class_folders(motion_clips, output, capsys):
     assert f"--label-map {output}" in text
 
 
-def test_official_csv_with_everything_wrong(tmp_path, place_clip, output, capsys):
-    """Missing, twice, twice with two labels, two files, no bytes, no video: each is reported."""
+def test_rejected_videos_are_reported(tmp_path, place_clip, output, capsys):
+    """Missing, listed twice, with two labels, with two files, empty, not a video."""
     videos = tmp_path / "videos"
     for name in [
         "air_drumming/-aaaaaaaaaa_000010_000020.mp4",
@@ -90,7 +90,7 @@ def test_official_csv_with_everything_wrong(tmp_path, place_clip, output, capsys
         (
             "val.csv:4",
             "yoga/ccccccccccc_000010_000020.mkv",
-            "another file of the same video, yoga/ccccccccccc_000010_000020.mp4, is used",
+            "another file of the same video is used: yoga/ccccccccccc_000010_000020.mp4",
         ),
         ("val.csv:6", "yoga/ddddddddddd.mp4", "listed before at val.csv:5"),
         (
@@ -105,7 +105,7 @@ def test_official_csv_with_everything_wrong(tmp_path, place_clip, output, capsys
         ),
     ]
     assert [(e["path"], e["reason"]) for e in report["empty"]] == [
-        ("yoga/fffffffffff.mp4", "the file has no bytes")
+        ("yoga/fffffffffff.mp4", "the file is empty")
     ]
     (undecodable,) = report["undecodable"]
     assert undecodable["path"] == "yoga/ggggggggggg.mp4"
@@ -120,7 +120,7 @@ def test_official_csv_with_everything_wrong(tmp_path, place_clip, output, capsys
     assert "yoga: 2 of 6" in text
 
 
-def test_train_and_val_share_one_class_list(tmp_path, place_clip, output, capsys):
+def test_train_and_val_share_class_list(tmp_path, place_clip, output, capsys):
     for name in ["a.mp4", "b.mp4", "c.mp4"]:
         place_clip(tmp_path / name)
     (tmp_path / "train.csv").write_text("path,label\na.mp4,air_drumming\nb.mp4,yoga\n")
@@ -135,12 +135,12 @@ def test_train_and_val_share_one_class_list(tmp_path, place_clip, output, capsys
     capsys.readouterr()
     assert run(tmp_path / "other.csv", output, "--label-map", train) == 2
     message = capsys.readouterr().err
-    assert "class 'yogaa' (other.csv:2) is not among the 2" in message
-    assert "give the same complete --label-map to both" in message
+    assert "class 'yogaa' (other.csv:2) is not one of the 2" in message
+    assert "pass the same complete --label-map for both" in message
     assert message.count("\n") == 1
 
 
-def test_decode_finds_what_opening_does_not(place_clip, tmp_path, output):
+def test_decode_finds_broken_frames(place_clip, tmp_path, output):
     whole = place_clip(tmp_path / "videos" / "a" / "whole.mp4")
     content = whole.read_bytes()
     whole.with_name("cut.mp4").write_bytes(content[: len(content) * 9 // 10])
@@ -152,7 +152,7 @@ def test_decode_finds_what_opening_does_not(place_clip, tmp_path, output):
     assert "frames can be decoded" in undecodable["reason"]
 
 
-def test_nothing_usable(tmp_path, output, capsys):
+def test_no_usable_videos(tmp_path, output, capsys):
     (tmp_path / "list.txt").write_text("none.mp4 0\n")
     assert run(tmp_path / "list.txt", output) == 1
     assert not output.exists()
@@ -163,26 +163,26 @@ def test_nothing_usable(tmp_path, output, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["LIST", "out.csv"], "call it NAME.parquet"),
-        (["CSV", "o.parquet"], "names videos by id; say where they are by --videos"),
-        (["LIST", "o.parquet", "--videos", "none"], "--videos none is no folder"),
-        (["FOLDER", "o.parquet", "--videos", "x"], "holds the videos itself; leave out --videos"),
-        (["none.txt", "o.parquet"], "there is no list or folder none.txt"),
+        (["LIST", "out.csv"], "name it NAME.parquet"),
+        (["CSV", "o.parquet"], "names videos by id; pass their folder as --videos"),
+        (["LIST", "o.parquet", "--videos", "none"], "--videos none is not a folder"),
+        (["FOLDER", "o.parquet", "--videos", "x"], "is the folder of the videos itself"),
+        (["none.txt", "o.parquet"], "list or folder not found: none.txt"),
     ],
 )
-def test_wrong_arguments(arguments, message, tmp_path, place_clip, capsys, monkeypatch):
+def test_invalid_arguments(arguments, message, tmp_path, place_clip, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("LIST").write_text("a.mp4 0\n")
     Path("CSV").write_text("label,youtube_id,time_start,time_end,split\na,b,1,2,val\n")
     place_clip(Path("FOLDER/class/a.mp4"))
     assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("index_videos: error: ")
+    assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_list_without_labels_has_no_thinned_classes(tmp_path, place_clip, output, capsys):
+def test_unlabeled_list_has_no_thinned_classes(tmp_path, place_clip, output, capsys):
     place_clip(tmp_path / "videos" / "aaaaaaaaaaa.mp4")
     (tmp_path / "test.csv").write_text(
         "youtube_id,time_start,time_end,split\naaaaaaaaaaa,1,11,test\nbbbbbbbbbbb,1,11,test\n"
@@ -195,8 +195,8 @@ def test_a_list_without_labels_has_no_thinned_classes(tmp_path, place_clip, outp
     assert VideoIndex.load(output).labels.tolist() == [-1]
 
 
-def test_a_file_that_cannot_be_opened_is_no_verdict(tmp_path, place_clip, monkeypatch):
-    """Who mends its permissions does not change its time, so nothing may be recorded."""
+def test_file_without_permission_gets_no_verdict(tmp_path, place_clip, monkeypatch):
+    """Fixing permissions does not change the modification time, so nothing may be recorded."""
     place_clip(tmp_path / "a.mp4")
 
     def deny(*arguments, **options):
@@ -206,10 +206,10 @@ def test_a_file_that_cannot_be_opened_is_no_verdict(tmp_path, place_clip, monkey
     with pytest.raises(PermissionError):
         probe(tmp_path, "a.mp4", decode=False)
     with pytest.raises(PermissionError):
-        examine(tmp_path / "a.mp4")
+        check_video(tmp_path / "a.mp4")
 
 
-def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, pictures, output):
+def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, images, output):
     first, second = (place_clip(tmp_path / "videos" / "a" / f"{n}.mp4") for n in "12")
     assert run(tmp_path / "videos", output) == 0
     ledger = Path(f"{output}.ledger.jsonl")
@@ -217,15 +217,15 @@ def test_only_new_and_changed_files_are_opened(tmp_path, place_clip, encode, pic
     assert run(tmp_path / "videos", output) == 0
     assert len(ledger.read_text().splitlines()) == 2
 
-    encode(second, pictures)
+    encode(second, images)
     place_clip(first.with_name("3.mp4"))
     assert run(tmp_path / "videos", output) == 0
     assert len(ledger.read_text().splitlines()) == 4
     assert VideoIndex.load(output).num_frames.tolist() == [12, 16, 12]
 
 
-def test_killed_and_run_again(tmp_path, place_clip, output, kill_midway, capfd):
-    """The result is that of a run left alone, and what was done is not done again."""
+def test_killed_run_resumes(tmp_path, place_clip, output, kill_midway, capfd):
+    """The result equals that of an undisturbed run, and finished videos are not probed again."""
     videos = tmp_path / "videos"
     for i in range(40):
         place_clip(videos / "yoga" / f"{i:04d}.mp4")
@@ -245,12 +245,12 @@ def test_killed_and_run_again(tmp_path, place_clip, output, kill_midway, capfd):
     done = ledger.read_bytes()
     capfd.readouterr()
     assert run(videos, output, workers=2) == 0
-    assert capfd.readouterr().err == ""  # no progress bar where there is no terminal
+    assert capfd.readouterr().err == ""  # no progress bar without a terminal
     assert num_lines() == 40
     assert ledger.read_bytes().startswith(done)
-    alone = tmp_path / "alone" / "val.parquet"
-    assert run(videos, alone, workers=2) == 0
-    assert output.read_bytes() == alone.read_bytes()
+    undisturbed = tmp_path / "undisturbed" / "val.parquet"
+    assert run(videos, undisturbed, workers=2) == 0
+    assert output.read_bytes() == undisturbed.read_bytes()
 
 
 @pytest.mark.real_data
@@ -296,13 +296,13 @@ EMPTY = {
     "tiny_zero_frames.avi",
     "zero_bytes.mp4",
 }
-# Frames that a full decode yields, of those promised.
-BROKEN_OFF = {"invalid_nalu.mp4": 26, "no_timescale.mp4": 8, "truncated_mid_stream.mp4": 28}
+# Number of frames of a full decode, fewer than the header promises.
+TRUNCATED = {"invalid_nalu.mp4": 26, "no_timescale.mp4": 8, "truncated_mid_stream.mp4": 28}
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("decode", [False, True])
-def test_odd_videos_get_the_right_verdict(shared_data, tmp_path, output, decode):
+def test_verdicts_of_odd_videos(shared_data, tmp_path, output, decode):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "odd").symlink_to(shared_data / "odd")
     arguments = ["--decode"] if decode else []
@@ -310,20 +310,20 @@ def test_odd_videos_get_the_right_verdict(shared_data, tmp_path, output, decode)
     report = report_of(output)
     reasons = {Path(e["path"]).name: e["reason"] for e in report["undecodable"]}
     assert {Path(e["path"]).name for e in report["empty"]} == EMPTY
-    assert set(reasons) == UNREADABLE | (set(BROKEN_OFF) if decode else set())
-    for name, num_frames in BROKEN_OFF.items() if decode else ():
+    assert set(reasons) == UNREADABLE | (set(TRUNCATED) if decode else set())
+    for name, num_frames in TRUNCATED.items() if decode else ():
         assert reasons[name].startswith(f"{num_frames} of ")
     assert report["num_indexed"] == 30 - len(EMPTY) - len(reasons)
 
 
-def test_shards_fill_ledgers_and_the_last_run_makes_the_index(motion_clips, output, capsys):
+def test_shards_then_index(motion_clips, output, capsys):
     for i in range(2):
         assert run(motion_clips / "train", output, "--shard", f"{i}/3") == 0
-        assert "run the step once more without --shard" in capsys.readouterr().out
+        assert "run the command again without --shard" in capsys.readouterr().out
     assert not output.exists()
     assert run(motion_clips / "train", output, "--shard", "2/3") == 0
     assert run(motion_clips / "train", output, "--dry-run") == 0
-    assert "dry run: 0 to do, 6 done already" in capsys.readouterr().out
+    assert "dry run: 0 to do, 6 already done" in capsys.readouterr().out
     assert run(motion_clips / "train", output) == 0
     assert len(VideoIndex.load(output)) == 6
     assert Path(f"{output}.ledger.jsonl").read_text() == ""  # the shards' ledgers sufficed

@@ -1,4 +1,4 @@
-"""The ledger forgets nothing that was recorded and believes nothing half-written."""
+"""The ledger keeps all recorded results and ignores incomplete lines."""
 
 import errno
 import os
@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from data_tools.ledger import Ledger, file_fingerprint
+from data_tools.file_status import file_fingerprint
+from data_tools.ledger import Ledger
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def path(tmp_path):
     return tmp_path / "folder" / "ledger.jsonl"
 
 
-def test_results_survive(path):
+def test_results_are_read_back(path):
     with Ledger(path) as ledger:
         ledger.record("-a ü.mp4", [1, {"crf": 23.0}], {"num_frames": 3})
         ledger.record("b", (1, 2), "first")
@@ -25,7 +26,7 @@ def test_results_survive(path):
         assert ledger.get("b", [1, 2]) == "second"
 
 
-def test_another_fingerprint_counts_as_absent(path):
+def test_other_fingerprint_counts_as_absent(path):
     with Ledger(path) as ledger:
         ledger.record("a", [1, "crf 23"], "done")
         assert ledger.get("a", [1, "crf 24"]) is None
@@ -33,7 +34,7 @@ def test_another_fingerprint_counts_as_absent(path):
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 10, -1])
-def test_a_torn_line_is_ignored_and_repaired(path, kept_bytes):
+def test_incomplete_last_line_is_removed(path, kept_bytes):
     with Ledger(path) as ledger:
         ledger.record("a", 1, "done")
         complete = path.read_bytes()
@@ -47,14 +48,14 @@ def test_a_torn_line_is_ignored_and_repaired(path, kept_bytes):
         assert [ledger.get(key, 1) for key in "abc"] == ["done", None, "done"]
 
 
-def test_a_garbled_line_costs_only_itself(path):
+def test_damaged_line_is_skipped(path):
     path.parent.mkdir()
     path.write_bytes(b'["a", 1, "done", 5.0]\n\0\0\0\n["b", 1, "done", 5.0]\n')
     with Ledger(path) as ledger:
         assert [ledger.get(key, 1) for key in "ab"] == ["done", "done"]
 
 
-def test_fingerprint_follows_content_and_time(tmp_path):
+def test_fingerprint_changes_with_the_file(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"abc")
     first = file_fingerprint(file)
@@ -63,7 +64,7 @@ def test_fingerprint_follows_content_and_time(tmp_path):
     assert file_fingerprint(file) != first
 
 
-def test_shards_write_apart_and_know_of_each_other(path):
+def test_shards_write_own_files_and_read_all(path):
     with Ledger(path, shard="0-of-2") as first, Ledger(path, shard="1-of-2") as second:
         first.record("a", 1, "old")
         second.record("b", 1, "done")
@@ -75,12 +76,12 @@ def test_shards_write_apart_and_know_of_each_other(path):
     for shard in [None, "0-of-2", "2-of-3"]:
         ledger = Ledger(path, shard=shard)
         assert ledger.get("b", 1) == "done"
-        # The latest line counts, whichever file it stands in.
+        # The latest line counts, in any file.
         assert ledger.get("a", 1) is None
         assert ledger.last("a") == (2, "new")
 
 
-def test_the_second_of_two_runs_waits_and_knows_what_the_first_did(path, capsys):
+def test_second_run_waits_for_the_first(path, capsys):
     found = []
 
     def second_run():
@@ -95,15 +96,15 @@ def test_the_second_of_two_runs_waits_and_knows_what_the_first_did(path, capsys)
         first.record("a", 1, "done")
     thread.join(10)
     assert found == ["done"]
-    assert f"waiting for the end of another run, which has {path}" in capsys.readouterr().err
+    assert f"waiting for another run to release {path}" in capsys.readouterr().err
 
 
-def test_a_file_system_without_locks_is_no_obstacle(path, monkeypatch):
+def test_file_system_without_locks(path, monkeypatch):
     def refuse(code):
         def flock(file, operation):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("data_tools.files.fcntl.flock", flock)
+        monkeypatch.setattr("data_tools.file_lock.fcntl.flock", flock)
 
     refuse(errno.ENOSYS)
     with Ledger(path) as ledger:
@@ -114,6 +115,6 @@ def test_a_file_system_without_locks_is_no_obstacle(path, monkeypatch):
         pass
 
 
-def test_reading_writes_nothing(path):
+def test_reading_does_not_write(path):
     Ledger(path).get("a", 1)
     assert not path.parent.exists()

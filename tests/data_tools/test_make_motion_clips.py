@@ -1,17 +1,17 @@
-"""The clips are real files whose motion, and nothing else, tells the class."""
+"""The clips are real files, and only their motion depends on the class."""
 
 import av
 import numpy as np
 import pytest
 
-from data_tools import make_motion_clips as clips_module
 from data_tools.make_motion_clips import MOTIONS, render_clip
+from i3d_gn import cli
 from i3d_gn.video_io.decode import probe_video
 
 
 def run(output, *arguments, workers=2):
     arguments = [str(output), *map(str, arguments), "--workers", str(workers)]
-    return clips_module.main(arguments)
+    return cli.main(["make-motion-clips", *arguments])
 
 
 def decode(path):
@@ -20,7 +20,7 @@ def decode(path):
 
 
 def shift_between(first, second):
-    """(right, down) in pixels that turns one grey picture into the other: phase correlation."""
+    """(right, down) in pixels from one grayscale image to the other, by phase correlation."""
     window = np.outer(np.hanning(first.shape[0]), np.hanning(first.shape[1]))
     spectrum = [np.fft.fft2((p - p.mean()) * window) for p in (first, second)]
     cross = spectrum[1] * spectrum[0].conj()
@@ -33,19 +33,19 @@ def shift_between(first, second):
 
 
 def camera_motion(first, second):
-    """The motion's class, from the shifts seen in the four quarters of the picture."""
+    """The class of the motion, from the shifts in the four quarters of the image."""
     height, width = first.shape
-    shifts, centres = [], []
+    shifts, centers = [], []
     for top in (0, height // 2):
         for left in (0, width // 2):
             part = np.s_[top : top + height // 2, left : left + width // 2]
             shifts.append(shift_between(first[part], second[part]))
-            centres.append((left - width / 4, top - height / 4))
-    shifts, centres = np.array(shifts, float), np.array(centres)
+            centers.append((left - width / 4, top - height / 4))
+    shifts, centers = np.array(shifts, float), np.array(centers)
     right, down = shifts.mean(0)
-    # What is seen turns clockwise by so many pixels where it is farthest from the centre.
-    turning = np.mean(centres[:, 0] * shifts[:, 1] - centres[:, 1] * shifts[:, 0]) / np.hypot(
-        *centres[0]
+    # Clockwise rotation of the image, in pixels at the centers of the quarters.
+    turning = np.mean(centers[:, 0] * shifts[:, 1] - centers[:, 1] * shifts[:, 0]) / np.hypot(
+        *centers[0]
     )
     evidence = {
         "move_left": right,
@@ -58,7 +58,7 @@ def camera_motion(first, second):
     return max(evidence, key=lambda motion: evidence[motion])
 
 
-def test_they_are_ordinary_h264_files(motion_clips):
+def test_clips_are_h264(motion_clips):
     files = sorted(motion_clips.glob("*/*/*.mp4"))
     assert [f.relative_to(motion_clips).parts[:2] for f in files] == [
         (split, motion) for split in ("train", "val") for motion in sorted(MOTIONS)
@@ -72,14 +72,14 @@ def test_they_are_ordinary_h264_files(motion_clips):
         assert types == {1, 2, 3}  # I, P and B
 
 
-def test_the_motion_is_that_of_the_name(motion_clips):
+def test_motion_matches_the_class(motion_clips):
     for file in motion_clips.glob("*/*/*.mp4"):
-        grey = decode(file).mean(-1)
-        assert camera_motion(grey[2], grey[5]) == file.parent.name
-        assert camera_motion(grey[5], grey[2]) != file.parent.name
+        gray = decode(file).mean(-1)
+        assert camera_motion(gray[2], gray[5]) == file.parent.name
+        assert camera_motion(gray[5], gray[2]) != file.parent.name
 
 
-def test_encoding_keeps_what_was_drawn(motion_clips):
+def test_encoding_preserves_rendered_frames(motion_clips):
     key = (3, 1, list(MOTIONS).index("roll_clockwise"), 0)
     drawn = render_clip("roll_clockwise", num_frames=12, rng=np.random.default_rng(key))
     decoded = decode(motion_clips / "val" / "roll_clockwise" / "roll_clockwise_000.mp4")
@@ -87,8 +87,8 @@ def test_encoding_keeps_what_was_drawn(motion_clips):
     assert 10 * np.log10(255**2 / error) > 30
 
 
-def test_a_single_frame_does_not_tell_the_class():
-    """Neither its statistics do, nor the picture itself: with the same draws it is the same."""
+def test_single_frames_are_independent_of_the_class():
+    """First frames are equal for the same seed, and statistics of later ones agree."""
     first_frames = [
         render_clip(motion, num_frames=1, rng=np.random.default_rng(9))[0] for motion in MOTIONS
     ]
@@ -96,12 +96,12 @@ def test_a_single_frame_does_not_tell_the_class():
         np.testing.assert_array_equal(frame, first_frames[0])
 
     def statistics(frame):
-        grey = frame.mean(-1)
-        gradients = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)]
-        diagonals = [np.abs(grey[1:, 1:] - grey[:-1, :-1]), np.abs(grey[1:, :-1] - grey[:-1, 1:])]
-        return [grey.mean(), grey.std(), *gradients, *(d.mean() for d in diagonals)]
+        gray = frame.mean(-1)
+        gradients = [np.abs(np.diff(gray, axis=axis)).mean() for axis in (0, 1)]
+        diagonals = [np.abs(gray[1:, 1:] - gray[:-1, :-1]), np.abs(gray[1:, :-1] - gray[:-1, 1:])]
+        return [gray.mean(), gray.std(), *gradients, *(d.mean() for d in diagonals)]
 
-    # Of a later frame, where the motion has had its effect: class means agree within their noise.
+    # Class means of a later frame, after motion, agree within their standard errors.
     per_class = np.array(
         [
             [
@@ -115,7 +115,7 @@ def test_a_single_frame_does_not_tell_the_class():
     assert np.all(np.abs(means - means.mean(0)) < 4 * noise)
 
 
-def test_the_seed_fixes_every_byte(tmp_path):
+def test_seed_determines_every_byte(tmp_path):
     options = ("--train-clips", 1, "--val-clips", 1, "--num-frames", 6)
     assert run(tmp_path / "a", *options) == 0
     assert run(tmp_path / "b", *options, workers=1) == 0
@@ -128,7 +128,7 @@ def test_the_seed_fixes_every_byte(tmp_path):
     assert not contents[0] & contents[2]
 
 
-def test_what_is_there_is_kept(tmp_path, capsys):
+def test_existing_clips_are_kept(tmp_path, capsys):
     options = ("--train-clips", 1, "--val-clips", 1, "--num-frames", 4)
     run(tmp_path, *options)
     file = tmp_path / "val" / "move_up" / "move_up_000.mp4"
@@ -137,15 +137,15 @@ def test_what_is_there_is_kept(tmp_path, capsys):
     (file.parent / f".{file.name}.1.part").write_text("half")
     capsys.readouterr()
     assert run(tmp_path, *options) == 0
-    assert "1 clips written, 11 there already" in capsys.readouterr().out
+    assert "1 clips written, 11 already there" in capsys.readouterr().out
     assert file.read_bytes() == content
     assert list(file.parent.iterdir()) == [file]
     run(tmp_path, *options, "--seed", 1)
-    assert "12 clips written, 0 there already" in capsys.readouterr().out
+    assert "12 clips written, 0 already there" in capsys.readouterr().out
     assert file.read_bytes() != content
 
 
-def test_wrong_arguments(tmp_path, capsys):
+def test_invalid_arguments(tmp_path, capsys):
     assert run(tmp_path, "--seed", -1) == 2
     assert "the seed must be 0 or more, not -1" in capsys.readouterr().err
     with pytest.raises(SystemExit):

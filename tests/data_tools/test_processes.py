@@ -1,4 +1,4 @@
-"""One broken item costs one item. The items are expressions, ``eval`` is the function."""
+"""A failing item affects no other. Items are expressions, the function is `eval`."""
 
 import os
 import signal
@@ -24,33 +24,33 @@ def run(items, *, num_workers=2, timeout_seconds=60.0, function=eval):
     return [outcomes[i] for i in range(len(items))]
 
 
-def test_values_come_back_under_their_item():
+def test_values_belong_to_their_items():
     assert [outcome.value for outcome in run([f"{i} ** 2" for i in range(20)])] == [
         i**2 for i in range(20)
     ]
 
 
-def test_nothing_to_do():
+def test_no_items():
     assert run([]) == []
 
 
-def test_failures_cost_only_their_item():
+def test_failures_affect_only_their_item():
     outcomes = run(["1 + 1", CRASH, "2 + 2", "1 / 0", EXIT, "3 + 3", CRASH])
     assert [outcome.value for outcome in outcomes] == [2, None, 4, None, None, 6, None]
     assert [outcome.failure for outcome in outcomes] == [
         None,
-        "the process that worked on it was killed by SIGSEGV",
+        "its process was killed by SIGSEGV",
         None,
         "ZeroDivisionError: division by zero",
-        "the process that worked on it ended with status 3",
+        "its process exited with status 3",
         None,
-        "the process that worked on it was killed by SIGSEGV",
+        "its process was killed by SIGSEGV",
     ]
 
 
-def test_a_hanging_item_is_given_up():
+def test_hanging_item_times_out():
     outcomes = run([HANG, "1", "2"], timeout_seconds=4.0)
-    assert outcomes[0].failure == "given up after 4 seconds"
+    assert outcomes[0].failure == "timed out after 4 seconds"
     assert [outcome.value for outcome in outcomes[1:]] == [1, 2]
 
 
@@ -69,7 +69,7 @@ def test_memory_is_limited():
     assert (outcomes[1].kind, outcomes[1].failure) == ("memory", "needs more memory than 1 GiB")
 
 
-def test_one_child_for_many_items():
+def test_child_process_is_reused():
     child = ChildProcess(eval)
     pid = "__import__('os').getpid()"
     first, second = (child.call(pid, timeout_seconds=60.0).value for _ in range(2))
@@ -80,8 +80,8 @@ def test_one_child_for_many_items():
     assert third not in {None, first}
 
 
-def test_several_processes_work_at_once(tmp_path):
-    """Two items, each of which waits for the other's sign of life."""
+def test_processes_run_concurrently(tmp_path):
+    """Two items wait for each other."""
     signs = [str(tmp_path / "first"), str(tmp_path / "second")]
     wait_for = "next(True for _ in iter(int, 1) if __import__('os').path.exists({!r}))"
     items = [
@@ -91,8 +91,8 @@ def test_several_processes_work_at_once(tmp_path):
     assert [outcome.value for outcome in run(items)] == [True, True]
 
 
-def test_a_child_that_cannot_start_is_an_error():
-    """Not a failure of each item in turn: here the child cannot import the function."""
+def test_child_that_cannot_start_is_an_error():
+    """Not a failure of each item: here the child cannot import the function."""
     module = types.ModuleType("only_in_the_parent")
     exec("def function(item): return item", module.__dict__)
     sys.modules["only_in_the_parent"] = module
@@ -114,8 +114,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_no_orphans(sign, tmp_path):
-    """Children end with their parent: at Ctrl-C at once, at a kill when they next look up."""
+def test_children_end_with_their_parent(sign, tmp_path):
+    """At Ctrl-C immediately, at SIGKILL soon after."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("sleep(600)", "sleep(2)"))
     process = subprocess.Popen(
@@ -129,12 +129,12 @@ def test_no_orphans(sign, tmp_path):
     with process.stdout:
         assert process.stdout.readline() == "started\n"
         assert process.stdout.readline() == "item 0\n"
-        # Ctrl-C goes to the whole group, a kill to the parent alone.
+        # Ctrl-C goes to the whole process group, SIGKILL only to the parent.
         (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)
         assert process.wait(timeout=30) != 0
     deadline = time.monotonic() + 30
     while _group_exists(process.pid):
-        assert time.monotonic() < deadline, "children have outlived their parent"
+        assert time.monotonic() < deadline, "children outlived their parent"
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""A cluster of two nodes on this machine does what one process does, also when it loses a node."""
+"""A Ray cluster of two local nodes gives the result of one process, even if it loses a node."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from data_tools import resize_videos
+from i3d_gn import cli
 
 pytest.importorskip("ray", reason="needs Ray (pip install 'i3d_gn[ray]')")
 
-# In a process of its own: Ray leaves threads and sockets behind.
+# In a separate process, since Ray leaves threads and sockets open.
 ON_TWO_NODES = """
 import subprocess, sys, threading, time
 from pathlib import Path
@@ -30,13 +30,13 @@ def lose_a_node():
     cluster.remove_node(second, allow_graceful=False)
     print("lost a node after", ledger.read_bytes().count(b"\\n"), flush=True)
 
-# What a task raises is told as it is, not as a loss.
+# An exception of a task is reported as such, not as a lost item.
 unsendable = map_on_ray(lambda item: item, [0], address=cluster.address, timeout_seconds=60)
 print(list(unsendable), flush=True)
 if kill:
     threading.Thread(target=lose_a_node).start()
 arguments = [source, str(output), "--preset", "veryslow", "--engine", "ray"]
-# As a script, whose functions are those of __main__.
+# As a script, whose functions would otherwise belong to __main__.
 command = [sys.executable, resize_videos.__file__, *arguments, "--ray-address", cluster.address]
 status = subprocess.run(command).returncode
 cluster.shutdown()
@@ -67,31 +67,31 @@ def source(motion_clips, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_lost_node_costs_nothing(source, tmp_path):
-    output, alone = tmp_path / "ray", tmp_path / "alone"
+def test_lost_node_loses_no_items(source, tmp_path):
+    output, local = tmp_path / "ray", tmp_path / "local"
     text = on_two_nodes(source, output, "kill")
     assert "kind='error'" in text
     assert "Can't pickle" in text
     assert "lost a node after" in text
-    assert "39 videos written, 0 there already, 1 failed" in text
+    assert "39 videos written, 0 already there, 1 failed" in text
     options = ["--preset", "veryslow", "--workers", "2"]
-    assert resize_videos.main([str(source), str(alone), *options]) == 0
-    names = sorted(path.name for path in alone.glob("*.mp4"))
+    assert cli.main(["resize", str(source), str(local), *options]) == 0
+    names = sorted(path.name for path in local.glob("*.mp4"))
     assert len(names) == 39
     assert sorted(path.name for path in output.glob("*.mp4")) == names
     for name in names:
-        assert (output / name).read_bytes() == (alone / name).read_bytes()
-    reports = [json.loads((o / "resize.report.json").read_text()) for o in (output, alone)]
+        assert (output / name).read_bytes() == (local / name).read_bytes()
+    reports = [json.loads((o / "resize.report.json").read_text()) for o in (output, local)]
     assert reports[0] == reports[1]
-    # Each was recorded once: nothing was done twice, apart from what the lost node had in hand.
+    # Each was recorded once; only items in progress on the lost node ran twice.
     lines = (output / ".resize.ledger.jsonl").read_text().splitlines()
     assert len({json.loads(line)[0] for line in lines}) == len(lines) == 39
-    # What was done on a cluster is done here too.
-    assert resize_videos.main([str(source), str(output), *options]) == 0
+    # A local run accepts the results of the cluster.
+    assert cli.main(["resize", str(source), str(output), *options]) == 0
     assert json.loads((output / "resize.report.json").read_text())["num_kept"] == 39
 
 
 def test_no_cluster(source, tmp_path, capsys):
     arguments = ["--engine", "ray", "--ray-address", "127.0.0.1:1"]
-    assert resize_videos.main([str(source), str(tmp_path / "out"), *arguments]) == 2
-    assert "there is no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
+    assert cli.main(["resize", str(source), str(tmp_path / "out"), *arguments]) == 2
+    assert "no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err

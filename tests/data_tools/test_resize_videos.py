@@ -1,4 +1,4 @@
-"""Copies have the frames of their source, smaller, upright and in time; failures are told."""
+"""Copies have the frames of their source, smaller and upright; failures are reported."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from data_tools import resize_videos
 from data_tools.transcode import output_size
+from i3d_gn import cli
 from i3d_gn.video_io.decode import count_decodable_frames, probe_video
 
 
 def run(*arguments, workers=1):
-    return resize_videos.main([*map(str, arguments), "--workers", str(workers)])
+    return cli.main(["resize", *map(str, arguments), "--workers", str(workers)])
 
 
 def report_of(output):
@@ -28,7 +29,7 @@ def report_of(output):
 
 
 def stored_frames(path):
-    """RGB as stored, and timestamps in seconds, by a plain sequential decode."""
+    """RGB as stored and timestamps in seconds, by sequential decoding."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), times_of(frames)
@@ -42,9 +43,9 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
 
 
-def resized(pictures, height, width):
-    """The pictures in another size as torchvision makes them."""
-    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+def resized(images, height, width):
+    """The images resized by torchvision."""
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     mode = transforms.InterpolationMode.BICUBIC
     batch = transforms.resize(batch, [height, width], interpolation=mode, antialias=True)
     return batch.permute(0, 2, 3, 1).numpy()
@@ -66,30 +67,27 @@ def test_output_size(size, short_side, expected):
     assert output_size(*size, short_side=short_side) == expected
 
 
-def test_pictures_and_times_are_kept(tmp_path, encode, pictures):
-    encode(tmp_path / "in" / "b c" / "-x.mkv", pictures)
+def test_frames_and_timestamps_are_kept(tmp_path, encode, images):
+    encode(tmp_path / "in" / "b c" / "-x.mkv", images)
     assert run(tmp_path / "in", tmp_path / "out", "--short-side", 40, "--crf", 5) == 0
     copy = tmp_path / "out" / "b c" / "-x.mp4"
     got, times = stored_frames(copy)
     assert got.shape == (16, 40, 60, 3)
     np.testing.assert_allclose(times, np.arange(16) / 25, atol=1e-9)
-    expected = resized(pictures, 40, 60)
+    expected = resized(images, 40, 60)
     pillow = np.stack(
-        [
-            np.asarray(Image.fromarray(p).resize((60, 40), Image.Resampling.BICUBIC))
-            for p in pictures
-        ]
+        [np.asarray(Image.fromarray(p).resize((60, 40), Image.Resampling.BICUBIC)) for p in images]
     )
     for t in range(16):
         assert psnr(got[t], expected[t]) > 36
         assert psnr(got[t], pillow[t]) > 36
-        # So alike only to its own frame: order and number are right.
+        # Other frames are less similar, so order and number are right.
         assert psnr(got[t], expected[(t + 1) % 16]) < 30
     assert probe_video(copy).codec == "h264"
 
 
-def test_the_form_is_what_was_asked_for(tmp_path, encode, pictures):
-    source = encode(tmp_path / "in" / "x.mp4", np.concatenate([pictures] * 5))
+def test_encoder_options(tmp_path, encode, images):
+    source = encode(tmp_path / "in" / "x.mp4", np.concatenate([images] * 5))
     with av.open(str(source)) as container:
         assert sum(packet.is_keyframe for packet in container.demux(video=0)) < 5
     assert run(tmp_path / "in", tmp_path / "out", "--gop", 16) == 0
@@ -99,7 +97,7 @@ def test_the_form_is_what_was_asked_for(tmp_path, encode, pictures):
     gaps = np.diff(np.flatnonzero([*keyframes, True]))
     assert gaps.max() <= 16
     content = (tmp_path / "out" / "x.mp4").read_bytes()
-    # x264 writes its settings into the stream: fastdecode is no deblocking, no CABAC.
+    # x264 writes its settings to the stream: fastdecode means no deblocking and no CABAC.
     assert b"cabac=0" in content
     assert b"deblock=0" in content
     assert b"keyint=16" in content
@@ -107,28 +105,28 @@ def test_the_form_is_what_was_asked_for(tmp_path, encode, pictures):
     assert b"cabac=1" in (tmp_path / "plain" / "x.mp4").read_bytes()
 
 
-def test_the_same_video_gives_the_same_bytes(tmp_path, encode, pictures):
-    """Not so with x264's defaults on some processors, where the width is no multiple of 128."""
+def test_output_is_deterministic(tmp_path, encode, images):
+    """With the defaults of x264 it is not, on some processors with widths not divisible by 128."""
     for i in range(12):
-        encode(tmp_path / "in" / f"{i}.mp4", pictures)
+        encode(tmp_path / "in" / f"{i}.mp4", images)
     assert run(tmp_path / "in", tmp_path / "out", "--short-side", 64, workers=2) == 0
     copies = list(tmp_path.glob("out/*.mp4"))
     assert len(copies) == 12
     assert len({copy.read_bytes() for copy in copies}) == 1
 
 
-def test_a_variable_frame_rate_is_kept(tmp_path, encode, pictures):
+def test_variable_frame_rate_is_kept(tmp_path, encode, images):
     pts = [100, 133, 140, 200, 203, 290, 291, 350, 400, 401, 402, 500, 533, 566, 600, 1000]
     source = tmp_path / "in" / "x.mp4"
-    encode(source, pictures, pts=pts, time_base=Fraction(1, 1000))
+    encode(source, images, pts=pts, time_base=Fraction(1, 1000))
     assert run(tmp_path / "in", tmp_path / "out") == 0
     _, times = stored_frames(tmp_path / "out" / "x.mp4")
     np.testing.assert_allclose(times, (np.array(pts) - 100) / 1000, atol=1e-9)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_rotation_is_applied(tmp_path, encode, pictures, rotation):
-    source = encode(tmp_path / "in" / "x.mp4", pictures, rotation=rotation)
+def test_rotation_is_applied(tmp_path, encode, images, rotation):
+    source = encode(tmp_path / "in" / "x.mp4", images, rotation=rotation)
     with av.open(str(source)) as container:
         turn = next(container.decode(video=0)).rotation  # counter-clockwise, in degrees
     assert turn % 180 == rotation % 180
@@ -137,7 +135,7 @@ def test_rotation_is_applied(tmp_path, encode, pictures, rotation):
     with av.open(str(copy)) as container:
         assert next(container.decode(video=0)).rotation == 0
     got, _ = stored_frames(copy)
-    upright = np.rot90(pictures, k=turn // 90, axes=(1, 2))
+    upright = np.rot90(images, k=turn // 90, axes=(1, 2))
     assert psnr(got, upright) > 36
 
 
@@ -150,22 +148,22 @@ def test_rotation_is_applied(tmp_path, encode, pictures, rotation):
         {"codec": "mpeg4"},
     ],
 )
-def test_colours_are_kept(tmp_path, encode, pictures, options):
-    encode(tmp_path / "in" / "x.mkv", pictures, **options)
+def test_colors_are_kept(tmp_path, encode, images, options):
+    encode(tmp_path / "in" / "x.mkv", images, **options)
     assert run(tmp_path / "in", tmp_path / "out", "--crf", 5) == 0
     source, _ = stored_frames(tmp_path / "in" / "x.mkv")
     got, _ = stored_frames(tmp_path / "out" / "x.mp4")
-    assert psnr(source, pictures) > 30  # the source itself is sound
+    assert psnr(source, images) > 30  # the source itself is right
     assert psnr(got, source) > 34
     assert np.abs(got.mean((0, 1, 2)) - source.mean((0, 1, 2))).max() < 2
 
 
-def test_odd_sizes_become_even(tmp_path, encode, pictures):
-    encode(tmp_path / "in" / "x.mkv", pictures[:, :79, :119], pixel_format="yuv444p")
+def test_odd_sizes_become_even(tmp_path, encode, images):
+    encode(tmp_path / "in" / "x.mkv", images[:, :79, :119], pixel_format="yuv444p")
     assert run(tmp_path / "in", tmp_path / "out", "--crf", 5) == 0
     got, _ = stored_frames(tmp_path / "out" / "x.mp4")
     assert got.shape == (16, 78, 118, 3)
-    assert psnr(got, resized(pictures[:, :79, :119], 78, 118)) > 33
+    assert psnr(got, resized(images[:, :79, :119], 78, 118)) > 33
 
 
 def test_failures_do_not_stop_the_others(tmp_path, place_clip, capsys):
@@ -185,29 +183,29 @@ def test_failures_do_not_stop_the_others(tmp_path, place_clip, capsys):
         "b/text.mp4",
         "b/zero.mp4",
     ]
-    assert "is that of a/same.mkv" in report["failed"][0]["reason"]
-    assert report["failed"][1]["reason"] == "a link that leads nowhere"
+    assert "the copy of a/same.mkv" in report["failed"][0]["reason"]
+    assert report["failed"][1]["reason"] == "broken link"
     assert "Invalid data" in report["failed"][2]["reason"]
     files = {p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/*/*")}
     assert files == {"a/good.mp4", "a/same.mp4"}
-    assert "2 videos written, 0 there already, 4 failed" in capsys.readouterr().out
+    assert "2 videos written, 0 already there, 4 failed" in capsys.readouterr().out
 
 
-def test_nothing_written(tmp_path):
+def test_no_video_written(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.mp4").write_text("no video")
     assert run(tmp_path / "in", tmp_path / "out") == 1
 
 
-def test_wrong_folders(tmp_path, place_clip, capsys):
+def test_invalid_folders(tmp_path, place_clip, capsys):
     place_clip(tmp_path / "in" / "x.mp4")
     (tmp_path / "empty").mkdir()
     for source, output, message in [
-        (tmp_path / "none", tmp_path / "out", "there is no folder"),
-        (tmp_path / "empty", tmp_path / "out", "holds no video"),
-        (tmp_path / "in", tmp_path / "in", "must be folders apart"),
-        (tmp_path / "in", tmp_path / "in" / "small", "must be folders apart"),
-        (tmp_path / "in", tmp_path, "must be folders apart"),
+        (tmp_path / "none", tmp_path / "out", "folder not found"),
+        (tmp_path / "empty", tmp_path / "out", "no videos found"),
+        (tmp_path / "in", tmp_path / "in", "may be inside the other"),
+        (tmp_path / "in", tmp_path / "in" / "small", "may be inside the other"),
+        (tmp_path / "in", tmp_path, "may be inside the other"),
     ]:
         assert run(source, output) == 2
         error = capsys.readouterr().err
@@ -217,7 +215,7 @@ def test_wrong_folders(tmp_path, place_clip, capsys):
     assert "the short side must be even" in capsys.readouterr().err
 
 
-def test_only_what_changed_is_done_again(tmp_path, place_clip, encode, pictures):
+def test_only_changed_videos_are_encoded_again(tmp_path, place_clip, encode, images):
     output = tmp_path / "out"
     for name in ["1", "2", "3"]:
         place_clip(tmp_path / "in" / f"{name}.mp4")
@@ -231,25 +229,25 @@ def test_only_what_changed_is_done_again(tmp_path, place_clip, encode, pictures)
     assert again() == {"1.mp4", "2.mp4", "3.mp4"}
     assert again() == set()
     assert report_of(output)["num_kept"] == 3
-    encode(tmp_path / "in" / "2.mp4", pictures)
+    encode(tmp_path / "in" / "2.mp4", images)
     assert again() == {"2.mp4"}
     (output / "3.mp4").unlink()
-    (output / "1.mp4").write_text("someone else's")
+    (output / "1.mp4").write_text("another file")
     assert again() == {"1.mp4", "3.mp4"}
     assert again("--crf", "30") == {"1.mp4", "2.mp4", "3.mp4"}
 
 
-def test_a_source_that_broke_keeps_no_earlier_copy(tmp_path, place_clip):
+def test_broken_source_keeps_no_earlier_copy(tmp_path, place_clip):
     for name in "ab":
         place_clip(tmp_path / "in" / f"{name}.mp4")
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    (tmp_path / "in" / "a.mp4").write_text("no video any more")
+    (tmp_path / "in" / "a.mp4").write_text("no longer a video")
     assert run(tmp_path / "in", tmp_path / "out") == 0
     assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["b.mp4"]
 
 
-def test_two_runs_at_once_do_nothing_twice(tmp_path, place_clip):
-    """The later one waits, and finds done what the first did."""
+def test_two_concurrent_runs_encode_nothing_twice(tmp_path, place_clip):
+    """The later run waits, and finds the results of the first."""
     for i in range(12):
         place_clip(tmp_path / "in" / f"{i}.mp4")
     arguments = [tmp_path / "in", tmp_path / "out", "--preset", "veryslow", "--workers", "1"]
@@ -266,33 +264,33 @@ def test_two_runs_at_once_do_nothing_twice(tmp_path, place_clip):
     assert [process.returncode for process in processes] == [0, 0]
     counts = sorted(out.partition(": ")[2].partition(";")[0] for out, _ in texts)
     assert counts == [
-        "0 videos written, 12 there already, 0 failed",
-        "12 videos written, 0 there already, 0 failed",
+        "0 videos written, 12 already there, 0 failed",
+        "12 videos written, 0 already there, 0 failed",
     ]
-    assert "waiting for the end of another run" in "".join(err for _, err in texts)
+    assert "waiting for another run" in "".join(err for _, err in texts)
     assert len((tmp_path / "out" / ".resize.ledger.jsonl").read_text().splitlines()) == 12
 
 
 @pytest.mark.parametrize("option", ["--timeout-seconds", "--memory-gib", "--crf"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
-def test_wrong_numbers(tmp_path, capsys, option, value):
+def test_invalid_numbers(tmp_path, capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, tmp_path / "out", f"{option}={value}")
     assert f"argument {option}: {value} is not a number above 0" in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path, place_clip, capsys):
+def test_unwritable_output_is_one_error_line(tmp_path, place_clip, capsys):
     place_clip(tmp_path / "in" / "x.mp4")
     (tmp_path / "file").touch()
     assert run(tmp_path / "in", tmp_path / "file" / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("resize_videos: error: ")
+    assert error.startswith("error: ")
     assert str(tmp_path / "file" / "out") in error
     assert error.count("\n") == 1
 
 
-def test_killed_and_run_again(tmp_path, place_clip, kill_midway):
-    """Nothing half-done bears a final name, what is done stays, the end is that of one run."""
+def test_killed_run_resumes(tmp_path, place_clip, kill_midway):
+    """No unfinished file has a final name, and the result equals that of one run."""
     for i in range(24):
         place_clip(tmp_path / "in" / str(i % 3) / f"{i}.mp4")
     output = tmp_path / "out"
@@ -308,9 +306,9 @@ def test_killed_and_run_again(tmp_path, place_clip, kill_midway):
     assert len(done) == 6
     for path in done:
         assert count_decodable_frames(path) == 12
-    # As a kill in the middle of a file leaves it.
+    # As left by a kill in the middle of a file.
     (output / "0" / ".0.mp4.1.part").write_text("half")
-    (output / "0" / ".23.mp4.1.part").write_text("of another run: not one of ours in this folder")
+    (output / "0" / ".23.mp4.1.part").write_text("of another run")
     (output / "0" / "0.mp4").unlink()
 
     assert run(tmp_path / "in", output, workers=2) == 0
@@ -318,15 +316,15 @@ def test_killed_and_run_again(tmp_path, place_clip, kill_midway):
     assert [path.name for path in output.glob("*/.*.part")] == [".23.mp4.1.part"]
     for path, written in done.items():
         assert (path.stat().st_mtime_ns == written) == (path.name != "0.mp4")
-    alone = tmp_path / "alone"
-    assert run(tmp_path / "in", alone, workers=2) == 0
-    for path in alone.glob("*/*.mp4"):
-        assert path.read_bytes() == (output / path.relative_to(alone)).read_bytes()
+    undisturbed = tmp_path / "undisturbed"
+    assert run(tmp_path / "in", undisturbed, workers=2) == 0
+    for path in undisturbed.glob("*/*.mp4"):
+        assert path.read_bytes() == (output / path.relative_to(undisturbed)).read_bytes()
 
 
 @pytest.mark.real_data
 def test_odd_videos(shared_data, tmp_path):
-    """Each is either copied frame for frame or told to be broken."""
+    """Each is either copied frame by frame or reported as broken."""
     assert run(shared_data / "odd", tmp_path / "out", workers=2) == 0
     failed = {Path(entry["path"]).name for entry in report_of(tmp_path / "out")["failed"]}
     assert failed == {
@@ -372,11 +370,11 @@ def test_kinetics_clip(shared_data, tmp_path):
 
 
 @pytest.mark.parametrize(("fps", "last"), [(10, 0.9), (25, None), (30, None), (12.5, None)])
-def test_resampling_shows_what_ffmpeg_would(tmp_path, encode, pictures, fps, last):
+def test_resampling_shows_what_ffmpeg_would(tmp_path, encode, images, fps, last):
     """Which frame is seen when, by ffmpeg's own fps filter; and every frame is on time."""
     pts = [0, 33, 40, 100, 103, 190, 191, 250, 300, 301, 302, 400, 433, 466, 500, 900]
     source = tmp_path / "in" / "x.mkv"
-    encode(source, pictures, pts=pts, time_base=Fraction(1, 1000), crf=1)
+    encode(source, images, pts=pts, time_base=Fraction(1, 1000), crf=1)
     assert run(tmp_path / "in", tmp_path / "out", "--fps", fps, "--crf", 1) == 0
     got, times = stored_frames(tmp_path / "out" / "x.mp4")
     np.testing.assert_allclose(times, np.arange(len(got)) / fps, atol=1e-6)
@@ -403,12 +401,12 @@ def test_resampling_shows_what_ffmpeg_would(tmp_path, encode, pictures, fps, las
     assert len(expected) - 1 <= len(got) <= len(expected) + 3
     shown = min(len(expected), len(got))
     for t in range(shown):
-        differences = np.abs(pictures.astype(int) - expected[t]).mean((1, 2, 3))
-        own = np.abs(pictures.astype(int) - got[t]).mean((1, 2, 3))
+        differences = np.abs(images.astype(int) - expected[t]).mean((1, 2, 3))
+        own = np.abs(images.astype(int) - got[t]).mean((1, 2, 3))
         assert differences.argmin() == own.argmin(), t
 
 
-def test_a_source_with_a_new_time_but_the_same_content_is_not_encoded_again(tmp_path, place_clip):
+def test_source_with_new_time_and_same_content_is_not_encoded_again(tmp_path, place_clip):
     source = place_clip(tmp_path / "in" / "x.mp4")
     output = tmp_path / "out" / "x.mp4"
     assert run(tmp_path / "in", tmp_path / "out") == 0
@@ -423,7 +421,7 @@ def test_a_source_with_a_new_time_but_the_same_content_is_not_encoded_again(tmp_
     assert output.stat().st_mtime_ns != written
 
 
-def test_shards_share_out_the_work(tmp_path, place_clip, capsys):
+def test_shards_split_the_work(tmp_path, place_clip, capsys):
     for i in range(9):
         place_clip(tmp_path / "in" / f"{i}.mp4")
     done = set()
@@ -438,6 +436,6 @@ def test_shards_share_out_the_work(tmp_path, place_clip, capsys):
     ]
     capsys.readouterr()
     assert run(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
-    assert "dry run: 0 to do, 9 done already" in capsys.readouterr().out
+    assert "dry run: 0 to do, 9 already done" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(tmp_path / "in", tmp_path / "out", "--shard", "3/3")

@@ -1,4 +1,4 @@
-"""Every defect has its name, and a sound video none."""
+"""Every defect is classified, and valid videos have none."""
 
 import json
 import shutil
@@ -9,10 +9,11 @@ import pytest
 
 from data_tools import verify_videos
 from data_tools.step import StepResult
+from i3d_gn import cli
 
 
 def run(*arguments):
-    return verify_videos.main([*map(str, arguments), "--workers", "2"])
+    return cli.main(["verify", *map(str, arguments), "--workers", "2"])
 
 
 def defects_of(report):
@@ -25,7 +26,7 @@ def report(tmp_path):
 
 
 def remux_with_times(source, target, times):
-    """The same packets, without any B-frames, at other times."""
+    """Copy packets, without B-frames, with other timestamps."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         packets = [packet for packet in old.demux(video=0) if packet.size]
@@ -34,7 +35,7 @@ def remux_with_times(source, target, times):
             new.mux(packet)
 
 
-def test_defects(tmp_path, place_clip, encode, pictures, report, capsys):
+def test_defects(tmp_path, place_clip, encode, images, report, capsys):
     videos = tmp_path / "videos"
     whole = place_clip(videos / "a" / "-whole.mp4")
     shutil.copyfile(whole, videos / "a" / "copy of it.mp4")
@@ -54,9 +55,9 @@ def test_defects(tmp_path, place_clip, encode, pictures, report, capsys):
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
         sound.sample_rate = 16000
         container.mux([*stream.encode(sound), *stream.encode(None)])
-    plain = encode(tmp_path / "plain.mkv", pictures, codec="mpeg4")
+    plain = encode(tmp_path / "plain.mkv", images, codec="mpeg4")
     remux_with_times(plain, videos / "twice.mkv", [0, 40, 80, 80, *range(120, 600, 40)])
-    encode(videos / "odd.mkv", pictures[:, :79, :119], codec="mpeg4")
+    encode(videos / "odd.mkv", images[:, :79, :119], codec="mpeg4")
 
     assert run(videos, report) == 1
     assert defects_of(report) == {
@@ -71,19 +72,19 @@ def test_defects(tmp_path, place_clip, encode, pictures, report, capsys):
     }
     content = json.loads(report.read_text())
     assert (content["num_videos"], content["num_defective"]) == (10, 8)
-    assert {"path": "a/-whole.mp4", "defect": "", "reason": ""}.items() <= content["sound"][
+    assert {"path": "a/-whole.mp4", "defect": "", "reason": ""}.items() <= content["valid"][
         0
     ].items()
-    assert (content["sound"][0]["num_frames"], content["sound"][0]["fps"]) == (12, 25.0)
-    assert (content["sound"][1]["width"], content["sound"][1]["height"]) == (119, 79)
+    assert (content["valid"][0]["num_frames"], content["valid"][0]["fps"]) == (12, 25.0)
+    assert (content["valid"][1]["width"], content["valid"][1]["height"]) == (119, 79)
     text = capsys.readouterr()
-    assert "10 videos, 8 of them defective (80.00%)" in text.out
+    assert "10 videos, 8 with defects (80.00%)" in text.out
     assert "--max-defects" in text.err
     assert run(videos, report, "--max-defects", "0.8") == 0
 
 
-def test_damaged_pictures_are_told(tmp_path, place_clip, report):
-    """The decoder patches them up and says nothing but in its log."""
+def test_concealed_errors_are_damaged(tmp_path, place_clip, report):
+    """The decoder conceals them and reports them only in its log."""
     clip = place_clip(tmp_path / "videos" / "a.mp4")
     content = bytearray(clip.read_bytes())
     with av.open(str(clip)) as container:
@@ -102,22 +103,22 @@ def test_damaged_pictures_are_told(tmp_path, place_clip, report):
     assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
     (entry,) = json.loads(report.read_text())["defective"]
     assert entry["defect"] == "damaged"
-    assert entry["reason"].startswith("1 of 12 frames in part, the first is ")
+    assert entry["reason"].startswith("1 of 12 frames are damaged, the first is frame ")
     assert entry["num_frames"] == 12
 
 
-def test_a_header_without_its_frames_is_truncated(tmp_path, place_clip, report):
+def test_header_without_frames_is_truncated(tmp_path, place_clip, report):
     clip = place_clip(tmp_path / "videos" / "a.mp4")
     content = clip.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
     clip.write_bytes(content[: content.index(b"mdat") + 4])
     assert run(tmp_path / "videos", report) == 1
     (entry,) = json.loads(report.read_text())["defective"]
-    assert (entry["defect"], entry["reason"]) == ("truncated", "none of 12 frames is there")
+    assert (entry["defect"], entry["reason"]) == ("truncated", "none of 12 frames can be decoded")
 
 
-def test_pictures_of_another_shape_are_no_duplicates(tmp_path, encode, report):
-    """Though their bytes are the same."""
+def test_frames_of_another_shape_are_not_duplicates(tmp_path, encode, report):
+    """Even if their bytes are equal."""
     (tmp_path / "videos").mkdir()
     for name, height, width in [("a", 32, 64), ("b", 64, 32)]:
         encode(tmp_path / "videos" / f"{name}.mp4", np.zeros((3, height, width, 3), np.uint8))
@@ -125,7 +126,7 @@ def test_pictures_of_another_shape_are_no_duplicates(tmp_path, encode, report):
     assert defects_of(report) == {}
 
 
-def test_a_list_names_what_is_missing(tmp_path, place_clip, report):
+def test_missing_videos_of_a_list(tmp_path, place_clip, report):
     place_clip(tmp_path / "videos" / "aaaaaaaaaaa_000001_000011.mp4")
     place_clip(tmp_path / "videos" / "not listed.mp4")
     source = tmp_path / "val.csv"
@@ -141,19 +142,19 @@ def test_only_changed_files_are_decoded_again(tmp_path, place_clip, report, caps
     for name in "ab":
         place_clip(tmp_path / "videos" / f"{name}.mp4")
     assert run(tmp_path / "videos", report, "--dry-run") == 0
-    assert "dry run: 2 to do, 0 done already" in capsys.readouterr().out
+    assert "dry run: 2 to do, 0 already done" in capsys.readouterr().out
     assert not report.exists()
     assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
     before = report.read_bytes()
-    (tmp_path / "videos" / "b.mp4").write_text("no video any more")
+    (tmp_path / "videos" / "b.mp4").write_text("no longer a video")
     assert run(tmp_path / "videos", report, "--dry-run") == 0
-    assert "dry run: 1 to do, 1 done already" in capsys.readouterr().out
+    assert "dry run: 1 to do, 1 already done" in capsys.readouterr().out
     assert run(tmp_path / "videos", report, "--max-defects", "1") == 0
     assert report.read_bytes() != before
     assert defects_of(report) == {"b.mp4": "unreadable"}
 
 
-def test_what_takes_a_process_down_is_named():
+def test_defects_of_failed_processes():
     kinds = {"a": "crash", "b": "timeout", "c": "memory", "d": "error", "e": "lost"}
     step = StepResult(failures=dict.fromkeys(kinds, "why"), kinds=kinds)
     defects = {e["path"]: e["defect"] for e in verify_videos._verdicts(list(kinds), step)}
@@ -166,10 +167,10 @@ def test_what_takes_a_process_down_is_named():
     }
 
 
-def test_too_large_a_picture_costs_itself_alone(tmp_path, place_clip, encode, report):
+def test_memory_limit(tmp_path, place_clip, encode, report):
     place_clip(tmp_path / "videos" / "small.mp4")
-    picture = np.zeros((1, 8000, 8000, 3), np.uint8)
-    encode(tmp_path / "videos" / "large.mp4", picture, codec="mpeg4")
+    image = np.zeros((1, 8000, 8000, 3), np.uint8)
+    encode(tmp_path / "videos" / "large.mp4", image, codec="mpeg4")
     limits = ["--memory-gib", "0.3", "--max-defects", "0.5"]
     assert run(tmp_path / "videos", report, *limits) == 0
     assert defects_of(report) == {"large.mp4": "memory"}
@@ -179,7 +180,7 @@ def test_too_large_a_picture_costs_itself_alone(tmp_path, place_clip, encode, re
 
 def test_no_videos(tmp_path, report, capsys):
     assert run(tmp_path, report) == 2
-    assert "holds no video" in capsys.readouterr().err
+    assert "no videos found" in capsys.readouterr().err
 
 
 ODD = {
@@ -201,7 +202,7 @@ ODD = {
 
 @pytest.mark.real_data
 def test_odd_videos(shared_data, report):
-    """Those that are merely odd (rotated, variable rate, one pixel, wrong headers) are sound."""
+    """Odd videos (rotated, variable frame rate, one pixel, wrong headers) are valid."""
     assert run(shared_data / "odd", report) == 1
     assert defects_of(report) == ODD
     assert json.loads(report.read_text())["num_videos"] == 30

@@ -1,4 +1,4 @@
-"""Each listed video finds its file, however the copy at hand names and sorts its files."""
+"""Listed videos are found in all known layouts of file names and folders."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def paths(videos, folder):
     ],
 )
 @pytest.mark.parametrize("video_id", ["0wR5jVB-WPk", "-_abcdefghi", "_-000001_00", "--6bJUbfpnQ"])
-def test_known_namings(folder, file, video_id):
+def test_supported_file_names(folder, file, video_id):
     root = folder(file.format(id=video_id), "other/aaaaaaaaaaa_000010_000020.mp4")
     assert paths([listed(video_id)], root) == [file.format(id=video_id)]
 
@@ -50,24 +50,24 @@ def test_missing(folder):
     assert paths([listed("0wR5jVB-WPk")], root) == [None]
 
 
-def test_names_that_no_list_can_hold(folder):
+def test_names_that_are_not_utf8(folder):
     root = folder("a/\udcff.mp4")
     with pytest.raises(ValueError, match=r"is not UTF-8, rename it: 'a/\\udcff.mp4'"):
         find_listed_videos([listed("a")], root)
 
 
-def test_segments_of_one_video_are_told_apart(folder):
+def test_segments_of_one_video(folder):
     root = folder("aaa_000010_000020.mp4", "aaa_000030_000040.mp4")
     videos = [listed("aaa", 30), listed("aaa", 10), listed("aaa", 50)]
     assert paths(videos, root) == ["aaa_000030_000040.mp4", "aaa_000010_000020.mp4", None]
 
 
-def test_replacements_match_by_id(folder):
+def test_replacement_matches_by_id(folder):
     root = folder("replacement/aaa_000011_000021.mp4")
     assert paths([listed("aaa", 10)], root) == ["replacement/aaa_000011_000021.mp4"]
 
 
-def test_the_best_of_several_files_is_chosen(folder):
+def test_best_of_several_files(folder):
     root = folder(
         "a/aaa_000010_000020.mp4",
         "air_drumming/aaa_000010_000020.mkv",
@@ -79,7 +79,7 @@ def test_the_best_of_several_files_is_chosen(folder):
     assert found.alternatives == ("air_drumming/aaa_000010_000020.mkv", "a/aaa_000010_000020.mp4")
 
 
-def test_paths_are_taken_literally(folder, tmp_path):
+def test_paths_match_exactly(folder, tmp_path):
     root = folder("videos/a b.mp4", "videos/c.mp4", "elsewhere/d.mp4") / "videos"
     videos = [
         ListedVideo(name=name, label=0, where="x", is_path=True)
@@ -111,8 +111,8 @@ def test_linked_folders_are_searched_once(folder, tmp_path):
     assert find_listed_videos([listed("bbb")], root)[0].alternatives == ()
 
 
-def test_a_replacement_comes_before_the_corrupted_video(tmp_path):
-    """In CVDF's layout as extracted by its own script, whatever its times are."""
+def test_replacement_precedes_corrupted_video(tmp_path):
+    """In the layout of the CVDF's own script, with any times in its name."""
     for name in [
         "train/aaaaaaaaaaa_000010_000020.mp4",
         "train/bbbbbbbbbbb_000010_000020.mp4",
