@@ -24,9 +24,8 @@ from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.file_lock import lock_file
 from data_tools.processes import ItemFailure
-from i3d_gn.files import write_json
+from i3d_gn.files import lock_file, write_json
 
 _BLOCK_BYTES = 2**18
 _LONGEST_WAIT_SECONDS = 60.0

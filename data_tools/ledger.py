@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_tools.file_lock import lock_file
+from i3d_gn.files import lock_file
 
 _SHARD_SUFFIX = re.compile(r"\.\d+-of-\d+")
 

@@ -104,7 +104,7 @@ def test_file_system_without_locks(path, monkeypatch):
         def flock(file, operation):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("data_tools.file_lock.fcntl.flock", flock)
+        monkeypatch.setattr("i3d_gn.files.fcntl.flock", flock)
 
     refuse(errno.ENOSYS)
     with Ledger(path) as ledger:

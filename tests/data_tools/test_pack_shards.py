@@ -1,4 +1,4 @@
-"""From shards, on a disk or a web server, come the very clips that loose files give."""
+"""Shards, on a disk or a web server, give the same clips as the original files."""
 
 import gc
 import json
@@ -12,28 +12,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_tools import pack_shards
+from i3d_gn import cli
 from i3d_gn.data.batches import Sample, Stream
-from i3d_gn.data.loader import clip_loader
+from i3d_gn.data.loader import batch_loader
 from i3d_gn.data.videos import RandomClips, TestVideos
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
-from i3d_gn.engine.distributed import World
+from i3d_gn.engine.distributed import Process
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex
 
-ONE_PROCESS = World(0, 1, torch.device("cpu"))
+ONE_PROCESS = Process(0, 1, torch.device("cpu"))
 
 pytest.importorskip("webdataset", reason="packing needs webdataset (pip install 'i3d_gn[shards]')")
 
 
 def run(*arguments):
-    return pack_shards.main([*map(str, arguments), "--workers", "1"])
+    return cli.main(["pack", *map(str, arguments), "--workers", "1"])
 
 
 @pytest.fixture(scope="module")
 def packed(motion_set, tmp_path_factory):
-    """The 12 training videos of the motion set in shards of some five."""
+    """The 12 training videos of the motion set, about five per shard."""
     folder = tmp_path_factory.mktemp("shards")
     assert run(motion_set.train_index, folder, "--shard-mib", "0.1") == 0
     return folder
@@ -85,11 +85,11 @@ def assert_same_clips(loose, other):
             break
 
 
-# The library leaves its files to be closed by the garbage collector.
+# webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_shards_follow_the_webdataset_convention(motion_set, packed):
-    """The library itself is the oracle."""
+    """As read by webdataset itself."""
     import webdataset
 
     loose = VideoIndex.load(motion_set.train_index)
@@ -109,7 +109,7 @@ def test_shards_follow_the_webdataset_convention(motion_set, packed):
         assert facts["num_frames"] == loose.num_frames[i]
 
 
-def test_the_same_clips(motion_set, packed):
+def test_packed_clips_equal_original_clips(motion_set, packed):
     loose, other = (
         VideoIndex.load(motion_set.train_index),
         VideoIndex.load(packed / "index.parquet"),
@@ -120,7 +120,7 @@ def test_the_same_clips(motion_set, packed):
     assert_same_clips(loose, other)
 
 
-def test_the_folder_can_be_moved_and_the_index_pickled(motion_set, packed, tmp_path):
+def test_folder_can_be_moved_and_index_pickled(motion_set, packed, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(packed, moved)
     index = pickle.loads(pickle.dumps(VideoIndex.load(moved / "index.parquet")))
@@ -134,7 +134,7 @@ def test_the_folder_can_be_moved_and_the_index_pickled(motion_set, packed, tmp_p
 
 @pytest.fixture
 def served(motion_set, http_server, tmp_path):
-    """The index of shards that lie on a web server."""
+    """The index of shards on a web server."""
     pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for HTTP")
     output = http_server.folder / "k"
     root = ["--root", f"{http_server.url}/k"]
@@ -143,36 +143,36 @@ def served(motion_set, http_server, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_from_a_web_server(motion_set, served, http_server, num_workers):
+def test_shards_on_a_web_server(motion_set, served, http_server, num_workers):
     loose, other = VideoIndex.load(motion_set.train_index), VideoIndex.load(served)
     assert other.root == f"{http_server.url}/k"
     batches = [[Sample(i, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
     loaders = (
-        clip_loader(random_clips(index), batches, num_workers=num_workers, pin_memory=False)
+        batch_loader(random_clips(index), batches, num_workers=num_workers, pin_memory=False)
         for index in (loose, other)
     )
     for a, b in zip(*loaders, strict=True):
         assert torch.equal(a.clips, b.clips)
-    # Only the videos themselves cross the network.
+    # Only the bytes of the videos are transferred.
     sizes = sorted(last - first + 1 for _, first, last in http_server.requests)
     assert sizes == sorted(loose.path_of(i).stat().st_size for i in range(12))
 
 
-def test_trouble_with_the_network(served, http_server, monkeypatch):
+def test_network_faults(served, http_server, monkeypatch):
     monkeypatch.setattr("i3d_gn.video_io.packed.time.sleep", lambda seconds: None)
     index = VideoIndex.load(served)
     clips = random_clips(index)
     expected = clips[[Sample(0, 0)]]
     shard = next(name for name, *_ in http_server.requests)
-    http_server.troubles[shard] = [("status", 500), ("drop", 100), ("no_ranges", 0)]
+    http_server.faults[shard] = [("status", 500), ("drop", 100), ("no_ranges", 0)]
     assert torch.equal(clips[[Sample(0, 0)]].clips, expected.clips)
-    http_server.troubles[shard] = [("status", 500)] * 5
+    http_server.faults[shard] = [("status", 500)] * 5
     (line,) = clips[[Sample(0, 0)]].broken
     assert line.startswith(f"{Path(shard).name}: {index.paths[0]}: http://")
     assert "500" in line
 
 
-def test_a_broken_video_keeps_its_name(motion_set, tmp_path):
+def test_broken_video_is_named(motion_set, tmp_path):
     folder = tmp_path / "motion"
     shutil.copytree(motion_set.folder, folder)
     index = VideoIndex.load(folder / "train.parquet")
@@ -183,7 +183,7 @@ def test_a_broken_video_keeps_its_name(motion_set, tmp_path):
     assert f"shard-00000.tar: {index.paths[3]}" in test_videos(packed)[3].broken
 
 
-def test_only_what_changed_is_packed_again(motion_set, tmp_path, capsys):
+def test_only_changed_shards_are_written_again(motion_set, tmp_path, capsys):
     output = tmp_path / "shards"
     arguments = [motion_set.train_index, output, "--shard-mib", "0.1"]
     assert run(*arguments, "--dry-run") == 0
@@ -193,17 +193,17 @@ def test_only_what_changed_is_packed_again(motion_set, tmp_path, capsys):
     capsys.readouterr()
     assert run(*arguments) == 0
     num_shards = len(list(output.glob("*.tar")))
-    assert f"{num_shards} shards ({num_shards} written before)" in capsys.readouterr().out
+    assert f"{num_shards} shards ({num_shards} already there)" in capsys.readouterr().out
     (output / "shard-00000.tar").unlink()
     assert run(*arguments) == 0
-    assert f"({num_shards - 1} written before)" in capsys.readouterr().out
+    assert f"({num_shards - 1} already there)" in capsys.readouterr().out
     assert run(*arguments[:2], "--shard-mib", "100") == 0
     assert [path.name for path in output.glob("*.tar")] == ["shard-00000.tar"]
     assert len(VideoIndex.load(output / "index.parquet")) == 12
 
 
-def test_killed_and_run_again(motion_set, packed, tmp_path, kill_midway):
-    """The shards are, byte for byte, those of a run left alone; the first is not written again."""
+def test_killed_run_resumes(motion_set, packed, tmp_path, kill_midway):
+    """The shards equal those of an undisturbed run, and the first is not written again."""
     output = tmp_path / "shards"
     first, ledger = output / "shard-00000.tar", output / ".pack.ledger.jsonl"
     arguments = [motion_set.train_index, output, "--shard-mib", "0.1", "--workers", "1"]
@@ -231,19 +231,19 @@ def test_without_webdataset(motion_set, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_indexes(motion_set, packed, tmp_path, capsys):
+def test_invalid_indexes(motion_set, packed, tmp_path, capsys):
     assert run(packed / "index.parquet", tmp_path / "out") == 2
-    assert "is of packed videos already" in capsys.readouterr().err
+    assert "lists packed videos already" in capsys.readouterr().err
     folder = tmp_path / "motion"
     shutil.copytree(motion_set.folder, folder)
     VideoIndex.load(folder / "train.parquet").path_of(0).unlink()
     assert run(folder / "train.parquet", tmp_path / "out") == 2
-    assert "is not there any more; index the videos again" in capsys.readouterr().err
+    assert "no longer exists; index the videos again" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_run_from_shards_is_that_from_loose_files(motion_set, packed, small_run, tmp_path):
-    """The same weights after training, and the same scores of each video."""
+def test_training_from_shards_equals_training_from_files(motion_set, packed, small_run, tmp_path):
+    """The weights after training and the scores of each video are equal."""
     val = tmp_path / "val"
     assert run(motion_set.val_index, val) == 0
     indexes = [f"data.train_index={packed}/index.parquet", f"data.val_index={val}/index.parquet"]
