@@ -6,20 +6,24 @@ sample aspect ratio is ignored and interlaced frames are not deinterlaced. Every
 file, uses one thread and leaves nothing open, so that it can be called in any worker process.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from av.video.stream import VideoStream
 
 from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.decode_decord import decode_frames_decord
 from i3d_gn.video_io.decode_pyav import (
+    FrameCollector,
     decode_frames_pyav,
     demux_video,
     open_video,
     sequential_frames,
+    video_streams,
 )
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.pixels import orientation_of
@@ -35,6 +39,11 @@ __all__ = [
 
 Backend = Literal["pyav", "decord"]
 
+_log = logging.getLogger(__name__)
+
+# Scales whole frames, as training and testing do.
+_SCALED = CropPlan(64, 64, 0, 0, 64, 64)
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -49,16 +58,19 @@ class VideoInfo:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Number of frames, frame rate and size of the first video stream.
+    """Number of frames, frame rate and size of a video.
 
-    Reads all packets and decodes the first frame only, or all frames where packets do not
-    correspond to frames (MPEG-TS, AVI, interlaced fields in separate packets, ...). A file that is
-    truncated in the middle of a frame is detected by `count_decodable_frames` and not here.
+    Reads all packets, decodes the first frame and converts it as `decode_frames` does; decodes all
+    frames where packets do not correspond to frames (MPEG-TS, AVI, interlaced fields in separate
+    packets, ...). A file that is truncated in the middle of a frame is detected by
+    `count_decodable_frames` and not here. Logs a warning if there are several video streams.
 
     Raises:
-        VideoDecodeError: There is no readable video stream, or none of its frames can be decoded.
+        VideoDecodeError: There is no readable video stream, it is encrypted, or its first frame
+            cannot be decoded and converted.
     """
     with open_video(path) as (container, stream):
+        _warn_of_streams(path, video_streams(container))
         table, _ = demux_video(path, container, stream, keep=False)
         codec = stream.codec_context.codec.canonical_name
         rate = stream.average_rate
@@ -68,25 +80,34 @@ def probe_video(path: str | Path) -> VideoInfo:
         if first is None:
             raise VideoDecodeError(path, "the video stream has no frames")
         frame = first[1]
-        transpose = orientation_of(frame).transpose
-        width, height = frame.width, frame.height
-        pts = table.frame_pts
+        height, width = orientation_of(frame).upright_size(frame)
         if table.fallback_reason is None and not frame.interlaced_frame:
             num_frames = table.num_frames
+            times = table.frame_pts.tolist()
         else:
-            num_frames = 1 + sum(1 for _ in _until_broken(frames))
+            times = [frame.pts, *(f.pts for _, f in _until_broken(frames))]
+            num_frames = len(times)
+            times = [time for time in times if time is not None]
         time_base = stream.time_base
+        for plan in (None, _SCALED):
+            FrameCollector(path, np.zeros(1, np.int64), plan=plan, size=None, out=None).take(
+                0, frame
+            )
     # From the first timestamp to the last, plus the duration of the last frame, for which the mean
     # duration of the others stands in.
-    seconds = float((pts.max() - pts.min()) * time_base) if len(pts) > 1 and time_base else 0.0
-    seconds *= len(pts) / max(1, len(pts) - 1)
-    fps = float(rate) if rate else (num_frames / seconds if seconds else 0.0)
+    seconds = float((max(times) - min(times)) * time_base) if times and time_base else 0.0
+    seconds *= len(times) / max(1, len(times) - 1)
+    measured = num_frames / seconds if seconds else 0.0
+    fps = float(rate) if rate else measured
+    # Matroska and FLV may claim the resolution of their timestamps, 1000 per second.
+    if measured and not 0.5 < fps / measured < 2:
+        fps = measured
     return VideoInfo(
         num_frames=num_frames,
         fps=fps,
         duration_seconds=seconds or (num_frames / fps if fps else 0.0),
-        width=height if transpose else width,
-        height=width if transpose else height,
+        width=width,
+        height=height,
         codec=codec,
     )
 
@@ -109,6 +130,7 @@ def decode_frames(
     indices: Sequence[int] | np.ndarray,
     *,
     plan: CropPlan | None = None,
+    size: tuple[int, int] | None = None,
     backend: Backend = "pyav",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -130,6 +152,8 @@ def decode_frames(
         indices: Frame numbers in presentation order, in any order, repeats allowed.
         plan: Resize and crop, in terms of the upright frame; `None` returns whole frames. Resizing
             is bilinear, and antialiased when shrinking.
+        size: Expected `(height, width)` of the upright frame, in pixels: a video of another size
+            is an error, not squeezed into the plan. `None` accepts any.
         backend: `"pyav"`, or `"decord"`, which is used only for files where its frames are known to
             be correct; other files are decoded by PyAV, which is logged.
         out: Array of dtype uint8 and the shape of the result, to write to.
@@ -138,8 +162,8 @@ def decode_frames(
         RGB frames, uint8 `(len(indices), H, W, 3)`; `out` if it was given.
 
     Raises:
-        VideoDecodeError: The file or one of the frames cannot be decoded, or an index is past the
-            end. The contents of `out` are then undefined.
+        VideoDecodeError: The file or one of the frames cannot be decoded, an index is past the end,
+            or the video is not of the expected `size`. The contents of `out` are then undefined.
         ValueError: `indices` is empty, not integer or has a negative entry, `out` has the wrong
             shape or dtype, or the backend is unknown or not installed.
     """
@@ -156,10 +180,21 @@ def decode_frames(
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}, must be one of {', '.join(get_args(Backend))}")
     if backend == "decord":
-        frames = decode_frames_decord(path, wanted, plan=plan, out=out)
+        frames = decode_frames_decord(path, wanted, plan=plan, size=size, out=out)
         if frames is not None:
             return frames
-    return decode_frames_pyav(path, wanted, plan=plan, out=out)
+    return decode_frames_pyav(path, wanted, plan=plan, size=size, out=out)
+
+
+def _warn_of_streams(path: str | Path, streams: list[VideoStream]) -> None:
+    if len(streams) > 1:
+        names = [f"{s.index} ({s.codec_context.name})" for s in streams if s.codec_context]
+        _log.warning(
+            "%s: has several video streams; using stream %s, ignoring %s",
+            path,
+            names[0],
+            ", ".join(names[1:]),
+        )
 
 
 def _until_broken(frames):

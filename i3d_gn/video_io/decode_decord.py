@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from i3d_gn.video_io.crop_plan import CropPlan
-from i3d_gn.video_io.decode_pyav import demux_video, open_video, out_of_range, sequential_frames
+from i3d_gn.video_io.decode_pyav import (
+    check_size,
+    demux_video,
+    open_video,
+    out_of_range,
+    sequential_frames,
+)
 from i3d_gn.video_io.frame_table import FrameTable
 from i3d_gn.video_io.pixels import Orientation, orientation_of
 
@@ -24,7 +30,12 @@ _TIMESTAMP_TOLERANCE_SECONDS = 1e-3
 
 
 def decode_frames_decord(
-    path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
+    path: str | Path,
+    indices: np.ndarray,
+    *,
+    plan: CropPlan | None,
+    size: tuple[int, int] | None,
+    out: np.ndarray | None,
 ) -> np.ndarray | None:
     """See `decode_frames`; `None` if PyAV must decode this file, with the reason logged.
 
@@ -46,20 +57,29 @@ def decode_frames_decord(
         container_name = container.format.name
         time_base = float(stream.time_base or 0)
         has_b_frames = bool(stream.codec_context.has_b_frames)
-    reason = table.fallback_reason or _unsupported_timing(table, has_b_frames=has_b_frames)
+        num_streams = len(container.streams.video)
+    reason = "several video streams" if num_streams > 1 else None
+    reason = (
+        reason or table.fallback_reason or _unsupported_timing(table, has_b_frames=has_b_frames)
+    )
     if reason is None:
         if indices.max() >= table.num_frames:
             raise out_of_range(path, int(indices.max()), table.num_frames)
-        reason = _unsupported_format(path, container_name)
+        reason = _unsupported_format(path, container_name, size=size)
     if reason is not None:
         return _fall_back_to_pyav(path, reason)
 
-    size = {} if plan is None else {"width": plan.resize_width, "height": plan.resize_height}
+    resize = {} if plan is None else {"width": plan.resize_width, "height": plan.resize_height}
     unique, rows_of = np.unique(indices, return_inverse=True)
     try:
-        reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1, **size)
+        reader = decord.VideoReader(
+            os.path.abspath(path), ctx=decord.cpu(0), num_threads=1, **resize
+        )
         if not _same_timestamps(reader, (table.frame_pts - table.frame_pts[0]) * time_base):
             return _fall_back_to_pyav(path, "decord numbers the frames differently")
+        # It seeks to these, in a closed GOP the same number for frame and packet.
+        if not table.is_idr[reader.get_key_indices()].all():
+            return _fall_back_to_pyav(path, "some packets marked as keyframes are not IDR pictures")
         frames = reader.get_batch(unique.tolist()).asnumpy()
     except (decord.DECORDError, RuntimeError) as error:
         return _fall_back_to_pyav(path, f"decord failed: {str(error).strip().splitlines()[-1]}")
@@ -83,7 +103,9 @@ def _fall_back_to_pyav(path: str | Path, reason: str) -> None:
     _log.info("%s: decoding with pyav instead of decord: %s", path, reason)
 
 
-def _unsupported_format(path: str | Path, container: str) -> str | None:
+def _unsupported_format(
+    path: str | Path, container: str, *, size: tuple[int, int] | None
+) -> str | None:
     """Why decord would not return correct pixels, judging by the first frame, or `None`."""
     with open_video(path) as (_, stream):
         _, frame = next(sequential_frames(path, stream))
@@ -94,6 +116,7 @@ def _unsupported_format(path: str | Path, container: str) -> str | None:
             return "frames are rotated or mirrored"
         if frame.interlaced_frame:
             return "frames are interlaced"
+        check_size(path, (frame.height, frame.width), expected=size)
     return None
 
 
@@ -103,8 +126,6 @@ def _unsupported_timing(table: FrameTable, *, has_b_frames: bool) -> str | None:
         return "timestamps may not match the order of frames"
     if np.any(table.packet_frame < 0):
         return "an edit list discards frames"
-    if table.has_false_keys:
-        return "some packets marked as keyframes are not"
     keys = np.flatnonzero(table.safe_key)
     last_key = keys[np.searchsorted(keys, np.arange(len(table.packet_pts)), side="right") - 1]
     if np.any(table.packet_pts < table.packet_pts[last_key]):

@@ -11,6 +11,7 @@ Only decoding the whole file can detect that.
 import contextlib
 import itertools
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +28,7 @@ from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.frame_table import (
     FrameTable,
     FrameTableBuilder,
-    h264_is_disposable,
-    nal_length_size,
+    has_side_data,
 )
 from i3d_gn.video_io.pixels import CropWriter, FrameWriter, orientation_of
 
@@ -37,7 +37,11 @@ KEEP_PACKETS_BYTES = 32 * 2**20
 
 CHUNK_PACKETS = 64
 
-_COVER_PICTURE = Disposition.attached_pic
+# Codecs of still pictures, which are not the video if there is another stream.
+_PICTURE_CODECS = frozenset({"mjpeg", "png", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
+
+# H.264 and HEVC have B-frames, for which AVI has no presentation timestamps.
+_REORDERING_CODECS = frozenset({"h264", "hevc"})
 
 # A frame is stored at most this many packets after one that is shown later: twice the size of the
 # decoded picture buffers of H.264 (A.3.1) and HEVC (A.4.2).
@@ -58,7 +62,7 @@ class _TableError(Exception):
 
 @contextlib.contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the first video stream of a file for decoding on one thread.
+    """Open the default or best video stream of a file for decoding on one thread.
 
     Attached pictures (cover art), which are video streams to FFmpeg, are ignored.
 
@@ -67,12 +71,16 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
             decoder for it.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe or device could block or never end
+            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+            raise VideoDecodeError(path, f"{kind}, not a regular file")
         # An absolute path: FFmpeg would take "a" in "a:b.mp4" for a protocol.
         container = av.open(os.path.abspath(path), **_ANY_METADATA)
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error)) from error
     with container:
-        streams = [s for s in container.streams.video if not s.disposition & _COVER_PICTURE]
+        streams = video_streams(container)
         if not streams:
             raise VideoDecodeError(path, "no video stream")
         stream = streams[0]
@@ -81,6 +89,23 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def video_streams(container: InputContainer) -> list[VideoStream]:
+    """The video streams of a file without attached pictures, starting with the one to decode.
+
+    This is a stream of video rather than a still picture, and of these the one that FFmpeg prefers:
+    a default stream, or else the one with the highest bit rate.
+    """
+    best = container.streams.best("video")
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool]:
+        context = stream.codec_context
+        is_picture = context is not None and context.codec.canonical_name in _PICTURE_CODECS
+        return is_picture, stream is not best, not stream.disposition & Disposition.default
+
+    streams = container.streams.video
+    return sorted((s for s in streams if not s.disposition & Disposition.attached_pic), key=rank)
 
 
 def demux_video(
@@ -102,7 +127,7 @@ def demux_video(
         extradata=bytes(context.extradata or b""),
     )
     packets: list[av.Packet] = []
-    source = (packet for packet in container.demux(stream) if packet.size)
+    source = _packets(path, container, stream)
     try:
         while chunk := list(itertools.islice(source, CHUNK_PACKETS)):
             builder.extend(chunk)
@@ -121,17 +146,48 @@ def sequential_frames(path: str | Path, stream: VideoStream) -> Iterator[tuple[i
     Raises:
         VideoDecodeError: At the first frame that fails; all frames before it are good.
     """
+    container = cast("InputContainer", stream.container)
+    codec = stream.codec_context.codec.canonical_name
+    # Packets of AVI have only decoding times, which are also those at which frames are shown: the
+    # n-th frame at the time of the n-th packet.
+    is_avi = container.format.name == "avi" and codec in _REORDERING_CODECS
+    times: list[int | None] = []
     index = 0
     try:
-        for frame in cast("InputContainer", stream.container).decode(stream):
-            yield index, frame
-            index += 1
+        for packet in _packets(path, container, stream, flush=True):
+            if packet.size:
+                times.append(packet.dts)
+            for frame in packet.decode():
+                if is_avi:
+                    frame.pts = times[index] if index < len(times) else None
+                yield index, cast("av.VideoFrame", frame)
+                index += 1
     except (FFmpegError, OSError) as error:
         raise VideoDecodeError(path, _reason(error), frame=index) from error
 
 
+def _packets(
+    path: str | Path, container: InputContainer, stream: VideoStream, *, flush: bool = False
+) -> Iterator[av.Packet]:
+    """Packets that hold data, and to `flush` the empty one at the end.
+
+    Raises:
+        VideoDecodeError: They are encrypted.
+    """
+    for packet in container.demux(stream):
+        if has_side_data(packet, "encryption_info"):
+            raise VideoDecodeError(path, "the video is encrypted")
+        if packet.size or flush:
+            yield packet
+
+
 def decode_frames_pyav(
-    path: str | Path, indices: np.ndarray, *, plan: CropPlan | None, out: np.ndarray | None
+    path: str | Path,
+    indices: np.ndarray,
+    *,
+    plan: CropPlan | None,
+    size: tuple[int, int] | None,
+    out: np.ndarray | None,
 ) -> np.ndarray:
     """See `decode_frames`, which validates `indices`."""
     with open_video(path) as (container, stream):
@@ -142,7 +198,7 @@ def decode_frames_pyav(
         if table.fallback_reason is None:
             if indices.max() >= table.num_frames:
                 raise out_of_range(path, int(indices.max()), table.num_frames)
-            collector = FrameCollector(path, indices, plan, out)
+            collector = FrameCollector(path, indices, plan=plan, size=size, out=out)
             try:
                 read = _kept_packets(packets) if packets else _seeking(container, stream, table)
                 _decode_ranges(stream, table, read, collector)
@@ -151,9 +207,11 @@ def decode_frames_pyav(
                 pass  # decode sequentially, which also finds where a broken file fails
 
     with open_video(path) as (_, stream):
-        collector = FrameCollector(path, indices, plan, out)
+        collector = FrameCollector(path, indices, plan=plan, size=size, out=out)
         count = 0
         for index, frame in sequential_frames(path, stream):
+            if index == 0:
+                collector.prepare(frame)
             collector.take(index, frame)
             count = index + 1
             if collector.is_complete:
@@ -173,7 +231,9 @@ class FrameCollector:
         self,
         path: str | Path,
         indices: np.ndarray,
+        *,
         plan: CropPlan | None,
+        size: tuple[int, int] | None,
         out: np.ndarray | None,
     ) -> None:
         self._path = path
@@ -182,17 +242,21 @@ class FrameCollector:
             self._rows.setdefault(index, []).append(row)
         self._num_rows = len(indices)
         self._plan = plan
+        self._size = size
         self._out = out
         self._writer: CropWriter | FrameWriter | None = None
 
     def wanted(self) -> np.ndarray:
+        """The requested indices that were not written yet, sorted."""
         return np.array(sorted(self._rows), dtype=np.int64)
 
     def is_wanted(self, index: int) -> bool:
+        """Whether the frame was requested and not written yet."""
         return index in self._rows
 
     @property
     def is_complete(self) -> bool:
+        """Whether all requested frames were written."""
         return not self._rows
 
     def take(self, index: int, frame: av.VideoFrame) -> None:
@@ -202,7 +266,7 @@ class FrameCollector:
             return
         try:
             if self._writer is None:
-                self._prepare(frame)
+                self.prepare(frame)
             assert self._writer is not None and self._out is not None
             self._writer.write(frame, self._out[rows[0]])
         except (FFmpegError, OSError) as error:
@@ -211,16 +275,21 @@ class FrameCollector:
             np.copyto(self._out[row], self._out[rows[0]])
 
     def result(self) -> np.ndarray:
+        """The output, once complete."""
         assert self.is_complete and self._out is not None
         return self._out
 
-    def _prepare(self, frame: av.VideoFrame) -> None:
-        """Set up output and conversion for the size, format and orientation of the first frame."""
+    def prepare(self, frame: av.VideoFrame) -> None:
+        """Set up output and conversion for the size and orientation of `frame`.
+
+        Frames of another size are scaled to this one.
+        """
         orientation = orientation_of(frame)
-        stored = (frame.height, frame.width)
-        height, width = stored[::-1] if orientation.transpose else stored
+        height, width = orientation.upright_size(frame)
+        check_size(self._path, (height, width), expected=self._size)
         plan = self._plan or CropPlan(height, width, 0, 0, height, width)
         if (plan.resize_height, plan.resize_width) == (height, width):
+            stored = (frame.height, frame.width)
             self._writer = FrameWriter(plan, orientation=orientation, size=stored)
         else:
             self._writer = CropWriter(plan, orientation=orientation)
@@ -229,6 +298,18 @@ class FrameCollector:
             self._out = np.empty(shape, dtype=np.uint8)
         elif self._out.shape != shape:
             raise ValueError(f"out has shape {self._out.shape}, the frames need {shape}")
+
+
+def check_size(
+    path: str | Path, upright: tuple[int, int], *, expected: tuple[int, int] | None
+) -> None:
+    """Raise `VideoDecodeError` if upright frames do not have the expected (height, width)."""
+    if expected is not None and upright != tuple(expected):
+        raise VideoDecodeError(
+            path,
+            f"frames are {upright[1]}x{upright[0]} pixels (width x height), expected "
+            f"{expected[1]}x{expected[0]}: was the file replaced?",
+        )
 
 
 def _decode_ranges(
@@ -242,8 +323,7 @@ def _decode_ranges(
     """
     frame_of = dict(zip(table.frame_pts.tolist(), range(table.num_frames), strict=True))
     context = stream.codec_context
-    length_size = nal_length_size(bytes(context.extradata or b""))
-    can_drop = context.codec.canonical_name == "h264" and length_size > 0
+    size = (context.width, context.height)
     for first, stop in table.packet_ranges(collector.wanted()):
         key_frame = table.packet_frame[first]
         expected: set[int] = set()
@@ -260,7 +340,9 @@ def _decode_ranges(
                 # Fields of an interlaced frame may lie in two packets. Error concealment in a
                 # damaged frame depends on all frames before it.
                 damaged = frame.is_corrupt and index >= key_frame
-                if frame.interlaced_frame or damaged or index <= last:
+                # All frames are scaled to the size of the first, which may be another.
+                resized = (frame.width, frame.height) != size
+                if frame.interlaced_frame or damaged or resized or index <= last:
                     raise _TableError
                 last = index
                 expected.discard(index)
@@ -269,12 +351,8 @@ def _decode_ranges(
         try:
             for position, packet in zip(range(first, stop), read(first, stop), strict=True):
                 index = int(table.packet_frame[position])
-                if (
-                    can_drop
-                    and position < stop - 1
-                    and not collector.is_wanted(index)
-                    and h264_is_disposable(packet, length_size)
-                ):
+                can_skip = table.is_unreferenced[position] and position < stop - 1
+                if can_skip and not collector.is_wanted(index):
                     continue
                 if index >= key_frame:
                     expected.add(index)

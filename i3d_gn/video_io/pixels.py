@@ -16,16 +16,23 @@ shrinking, swscale widens the filter as torchvision does with `antialias=True`.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.filter import Graph
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from i3d_gn.video_io.crop_plan import CropPlan
+
+_T = TypeVar("_T")
+
+_COLOR_TAGS = ("color_trc", "color_primaries", "colorspace")
+_UNSPECIFIED = 2  # ITU-T H.273, the same for the three
 
 _EDGE_TOLERANCE = 0.05  # pixels of the resized frame
 _MOST_BEYOND = 64  # source pixels, see SourceWindow.beyond
@@ -42,6 +49,11 @@ class Orientation(NamedTuple):
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
+
+    def upright_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """(height, width) of the frame when upright, in pixels."""
+        size = (frame.height, frame.width)
+        return (size[1], size[0]) if self.transpose else size
 
 
 class SourceWindow(NamedTuple):
@@ -64,7 +76,11 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
     The display matrix (libavutil `display.h`) maps a stored column p and row q to
     `x = a p + c q` and `y = b p + d q`. Any other matrix is ignored.
     """
-    side_data = frame.side_data.get(cast("Any", SideDataType.DISPLAYMATRIX))
+    try:
+        side_data = frame.side_data.get(cast("Any", SideDataType.DISPLAYMATRIX))
+    except ValueError:
+        _accept_unknown_side_data()
+        side_data = frame.side_data.get(cast("Any", SideDataType.DISPLAYMATRIX))
     if side_data is None:
         return Orientation()
     a, b, _, c, d = memoryview(cast("Any", side_data)).cast("B").cast("i")[:5].tolist()
@@ -73,6 +89,21 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
     if a == d == 0 and b and c:
         return Orientation(True, b < 0, c < 0)
     return Orientation()
+
+
+def _accept_unknown_side_data() -> None:
+    """Make PyAV name kinds of side data that it does not know by their number.
+
+    Up to version 18 it refuses access to all side data of a frame with such a kind (EXIF, views of
+    stereo video, ...).
+    """
+
+    def unknown(cls: type[SideDataType], value: object) -> SideDataType:
+        member = object.__new__(cls)
+        member._name_, member._value_ = f"UNKNOWN_{value}", value
+        return member
+
+    SideDataType._missing_ = classmethod(unknown)  # type: ignore[method-assign]
 
 
 def source_window(
@@ -119,6 +150,29 @@ def source_window(
     return SourceWindow(left, right - left, scaled, start - scaled_left, max(0, right - original))
 
 
+class _ColorTags:
+    """Resets color tags that swscale refuses, for all frames of a video from the first refusal on.
+
+    First the transfer characteristics and primaries, which do not matter for conversion to RGB,
+    then the matrix as well, for which swscale then uses BT.601.
+    """
+
+    def __init__(self) -> None:
+        self._reset: tuple[str, ...] = ()
+
+    def convert(self, frame: av.VideoFrame, convert: Callable[[av.VideoFrame], _T]) -> _T:
+        """`convert(frame)`, called again with fewer tags if it fails."""
+        while True:
+            for tag in self._reset:
+                setattr(frame, tag, _UNSPECIFIED)
+            try:
+                return convert(frame)
+            except (FFmpegError, OSError):
+                if len(self._reset) == len(_COLOR_TAGS):
+                    raise
+                self._reset = _COLOR_TAGS[: 3 if self._reset else 2]
+
+
 class FrameWriter:
     """Writes frames of one video, or unscaled crops of them, to rows of an array.
 
@@ -136,13 +190,11 @@ class FrameWriter:
         self._orientation = orientation
         self._height, self._width = size
         self._reformatter = VideoReformatter()
+        self._tags = _ColorTags()
 
     def write(self, frame: av.VideoFrame, row: np.ndarray) -> None:
         """Write `frame` to `row`, uint8 `(H, W, 3)`."""
-        rgb = self._reformatter.reformat(
-            frame, width=self._width, height=self._height, format="rgb24", threads=1
-        )
-        pixels = _pixels_of(rgb)
+        pixels = _pixels_of(self._tags.convert(frame, self._to_rgb))
         if self._orientation.transpose:
             pixels = pixels.transpose(1, 0, 2)
         if self._orientation.flip_rows:
@@ -152,6 +204,11 @@ class FrameWriter:
         plan = self._plan
         window = pixels[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
         np.copyto(row, window[:, ::-1] if plan.flip else window)
+
+    def _to_rgb(self, frame: av.VideoFrame) -> av.VideoFrame:
+        return self._reformatter.reformat(
+            frame, width=self._width, height=self._height, format="rgb24", threads=1
+        )
 
 
 class CropWriter:
@@ -166,16 +223,26 @@ class CropWriter:
         self._orientation = orientation
         self._plan = _stored(plan, orientation)
         self._key = None
+        self._tags = _ColorTags()
 
     def write(self, frame: av.VideoFrame, row: np.ndarray) -> None:
         """Write `frame` to `row`, uint8 `(H, W, 3)`."""
+        pixels = _pixels_of(self._tags.convert(frame, self._filter))[self._cut]
+        np.copyto(row, pixels[::-1] if self._orientation.flip_rows else pixels)
+
+    def _filter(self, frame: av.VideoFrame) -> av.VideoFrame:
         key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if key != self._key:
+            self._key = None
             self._build(frame)
-            self._key = key
-        self._source.push(frame)
-        pixels = _pixels_of(cast("av.VideoFrame", self._sink.pull()))[self._cut]
-        np.copyto(row, pixels[::-1] if self._orientation.flip_rows else pixels)
+        try:
+            self._source.push(frame)
+            filtered = cast("av.VideoFrame", self._sink.pull())
+        except (FFmpegError, OSError):
+            self._key = None  # the graph is spent
+            raise
+        self._key = key
+        return filtered
 
     def _build(self, frame: av.VideoFrame) -> None:
         """Build the filter graph (crop, scale, RGB, upright, flip) for frames like this one."""
