@@ -75,7 +75,7 @@ def assert_same_clips(loose, other):
     batches = [[Sample(i, i % 12) for i in range(k, k + 4)] for k in (0, 4, 8)]
     for batch in batches:
         a, b = random_clips(loose)[batch], random_clips(other)[batch]
-        assert torch.equal(a.clips, b.clips)
+        assert torch.equal(a.inputs, b.inputs)
         assert torch.equal(a.labels, b.labels)
         assert a.broken == b.broken == ()
     for a, b in zip(test_videos(loose), test_videos(other), strict=False):
@@ -152,7 +152,7 @@ def test_shards_on_a_web_server(motion_set, served, http_server, num_workers):
         for index in (loose, other)
     )
     for a, b in zip(*loaders, strict=True):
-        assert torch.equal(a.clips, b.clips)
+        assert torch.equal(a.inputs, b.inputs)
     # Only the bytes of the videos are transferred.
     sizes = sorted(last - first + 1 for _, first, last in http_server.requests)
     assert sizes == sorted(loose.path_of(i).stat().st_size for i in range(12))
@@ -165,7 +165,7 @@ def test_network_faults(served, http_server, monkeypatch):
     expected = clips[[Sample(0, 0)]]
     shard = next(name for name, *_ in http_server.requests)
     http_server.faults[shard] = [("status", 500), ("drop", 100), ("no_ranges", 0)]
-    assert torch.equal(clips[[Sample(0, 0)]].clips, expected.clips)
+    assert torch.equal(clips[[Sample(0, 0)]].inputs, expected.inputs)
     http_server.faults[shard] = [("status", 500)] * 5
     (line,) = clips[[Sample(0, 0)]].broken
     assert line.startswith(f"{Path(shard).name}: {index.paths[0]}: http://")
