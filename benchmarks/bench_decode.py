@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from decode_peers import PEERS, Job, cut, library_path_for_torchcodec
+from report import cpu_name, markdown_table
 
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -284,24 +285,24 @@ def markdown(rows: list[dict]) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
         ours = next(row["ms"] for row in mine if row["peer"] == "i3d_gn")
-        lines += [f"\n### {case}\n", "| decoder | ms | wrong | peak MB | relative |"]
-        lines.append("|---|---|---|---|---|")
-        for row in sorted(mine, key=lambda row: row["ms"]):
-            lines.append(
-                f"| {row['peer']} | {row['ms']:.1f} | {row['frames_wrong']} of {row['frames']} "
-                f"| {row['peak_mb']:.0f} | {row['ms'] / ours:.2f} |"
-            )
+        table = markdown_table(
+            ["decoder", "ms", "wrong", "peak MB", "relative"],
+            (
+                (
+                    row["peer"], f"{row['ms']:.1f}", f"{row['frames_wrong']} of {row['frames']}",
+                    f"{row['peak_mb']:.0f}", f"{row['ms'] / ours:.2f}",
+                )
+                for row in sorted(mine, key=lambda row: row["ms"])
+            ),
+        )  # fmt: skip
+        lines += [f"\n### {case}\n", table]
     return "\n".join(lines)
 
 
 def machine() -> str:
     import av
 
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-        return f"{model}, Python {platform.python_version()}, PyAV {av.__version__}"
-    return f"{platform.processor()}, Python {platform.python_version()}, PyAV {av.__version__}"
+    return f"{cpu_name()}, Python {platform.python_version()}, PyAV {av.__version__}"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from bench_decode import GENERATED, generate_video, machine, make_jobs, memory_kilobytes
 from decode_peers import PEERS, Job, library_path_for_torchcodec
+from report import markdown_table
 from torch.utils.data import DataLoader, Dataset
 
 from i3d_gn.data.batches import Stream
@@ -136,14 +137,11 @@ def main() -> None:
                     times.setdefault((peer, workers), []).append(milliseconds)
                     peaks[peer, workers] = peak
     medians = {key: statistics.median(values) for key, values in times.items()}
-    rows = []
-    print(f"{machine()}, {os.cpu_count()} cores\n")
-    print(f"| loader | one process, ms/clip | {arguments.workers} workers, ms/clip | scaling |")
-    print("|---|---|---|---|")
+    rows, cells = [], []
     for peer in peers:
         alone, together = medians[peer, 0], medians[peer, arguments.workers]
         scaling = alone / together / arguments.workers
-        print(f"| {peer} | {alone:.1f} | {together:.1f} | {100 * scaling:.0f} % |")
+        cells.append((peer, f"{alone:.1f}", f"{together:.1f}", f"{100 * scaling:.0f} %"))
         for workers, value in ((0, alone), (arguments.workers, together)):
             rows.append(
                 {
@@ -154,6 +152,10 @@ def main() -> None:
                     "peak_mb": peaks[peer, workers],
                 }
             )
+    print(f"{machine()}, {os.cpu_count()} cores\n")
+    workers = f"{arguments.workers} workers"
+    header = ["loader", "one process, ms/clip", f"{workers}, ms/clip", "scaling"]
+    print(markdown_table(header, cells))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

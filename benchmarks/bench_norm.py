@@ -1,16 +1,16 @@
-"""Bytes per second of group norm with ReLU on the activations of I3D ResNet-50, against peers.
+"""Bandwidth of group norm with ReLU on the activations of I3D ResNet-50, compared with peers.
 
     python benchmarks/bench_norm.py [--device cpu] [--quick] [--json PATH] [--markdown PATH]
 
-All run normalisation and ReLU on the same channels_last_3d tensor, except where the name says
-contiguous. ``share`` is the bytes that must be moved (forward: x read, y written; with backward
-also the gradient and x read, the gradient written) over the time, as a share of what a device copy
-of the same tensor achieves: 1.0 is the bound that no implementation can pass while the tensor
-exceeds the cache. Medians of interleaved repeats, on CUDA of ten calls each, all launched before
-the first of them runs; inputs rotate so that none is found in the cache. ``host`` is what launching
-a call takes: layers that are shorter wait for it, unless a CUDA graph launches them.
+All run normalization and ReLU on the same channels_last_3d tensor, unless the name says contiguous.
+`share of copy` is the bandwidth relative to a device copy of the same tensor, counting the bytes
+that must be moved (forward: read x, write y; backward: read x and the gradient, write the
+gradient). 1.0 is an upper bound as long as the tensor exceeds the cache. Times are medians of
+interleaved repeats, on CUDA of ten calls each, all launched before the first one runs. Inputs
+rotate, so that they are not in the cache. `host` is the time to launch a call; a layer whose
+kernels are faster is bound by it, unless launched by a CUDA graph.
 
-Liger-Kernel's and Apex's group norm take part where they are installed.
+The group norms of Liger-Kernel and Apex are included if installed.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import environment, markdown_table, median_launch_seconds, median_seconds
+from interleaved import environment, median_launch_seconds, median_seconds
+from report import markdown_table
 from torch import Tensor, nn
 
 from i3d_gn.norm import GroupNorm
@@ -40,10 +41,10 @@ CACHE_BYTES = 120e6  # twice the L2 cache of an H200
 
 
 class Formula(nn.GroupNorm):
-    """[GN] Eqn. 7 as one writes it, for `torch.compile`."""
+    """[GN] Eqn. 7 written out, for `torch.compile`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, T, H, W)."""
+        """Normalize (N, C, T, H, W)."""
         groups = input.float().unflatten(1, (self.num_groups, -1))
         variance, mean = torch.var_mean(groups, (2, 3, 4, 5), correction=0, keepdim=True)
         y = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
@@ -52,7 +53,7 @@ class Formula(nn.GroupNorm):
 
 
 def peers(num_channels: int, device: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Names and functions of x."""
+    """Names of implementations, and functions of x."""
     ours = GroupNorm(NUM_GROUPS, num_channels).to(device)
     yield "ours", lambda x: ours(x, relu=True)
     yield "ours, contiguous", lambda x: ours(x, relu=True)
@@ -72,7 +73,7 @@ def peers(num_channels: int, device: str) -> Iterator[tuple[str, Callable[[Tenso
     with suppress(ImportError):
         from apex.contrib.group_norm import GroupNorm as ApexGroupNorm
 
-        # Apex knows images; a clip's frames are one tall image.
+        # Apex supports images; the frames of a clip become one tall image.
         apex = ApexGroupNorm(NUM_GROUPS, num_channels).to(device)
         yield (
             "Apex",
@@ -88,7 +89,7 @@ def forward_runs(
     *,
     backward: bool,
 ) -> dict[str, Callable[[], object]]:
-    """Functions that run forward, or forward and backward, on the next of the inputs."""
+    """Functions that run forward, or forward and backward, on the next input."""
 
     def make(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
         rotating = cycle(inputs["contiguous" if "contiguous" in name else "channels_last"])
@@ -110,9 +111,9 @@ def forward_runs(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="4 clips alone, few repeats")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--quick", action="store_true", help="4 clips only, few repeats")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
     cuda = args.device == "cuda"
 
@@ -172,7 +173,7 @@ def main() -> None:
 
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Write all results so far: of a run that is cut off, those stay. Returns the table."""
+    """Write all results so far, in case the run is cut off, and return the table."""
     table = markdown_table(
         ["shape", "MB", "pass", "implementation", "µs", "host µs", "GB/s", "share of copy"],
         (

@@ -27,6 +27,7 @@ import torch
 from bench_decode import GENERATED, generate_video, machine, make_jobs, memory_kilobytes
 from bench_loader import make_index
 from decode_peers import PEERS, Job, library_path_for_torchcodec
+from report import markdown_table
 from torch.utils.data import DataLoader, Dataset
 
 from i3d_gn.data.loader import video_loader
@@ -116,17 +117,19 @@ def main() -> None:
                     peaks[peer] = measured.pop("peak_mb")
                     for part, seconds in measured.items():
                         times.setdefault((peer, part), []).append(1e3 * seconds)
-        print(f"\n### {size}\n\n| decoder | decode | network | whole | waiting | relative |")
-        print("|---|---|---|---|---|---|")
         medians = {key: statistics.median(values) for key, values in times.items()}
+        cells = []
         for peer in peers:
             decode, network, whole, waited = (
                 medians[peer, part] for part in ("decode", "network", "whole", "waited")
             )
-            print(
-                f"| {peer} | {decode:.0f} | {network:.0f} | {whole:.0f} "
-                f"| {100 * waited / whole:.0f} % | {whole / medians['i3d_gn', 'whole']:.2f} |"
-            )
+            relative = whole / medians["i3d_gn", "whole"]
+            cells.append(
+                (
+                    peer, f"{decode:.0f}", f"{network:.0f}", f"{whole:.0f}",
+                    f"{100 * waited / whole:.0f} %", f"{relative:.2f}",
+                )
+            )  # fmt: skip
             for part in ("decode", "network", "whole"):
                 rows.append(
                     {
@@ -137,6 +140,8 @@ def main() -> None:
                         "peak_mb": round(peaks[peer], 1) if part == "whole" else None,
                     }
                 )
+        header = ["decoder", "decode", "network", "whole", "waiting", "relative"]
+        print(f"\n### {size}\n\n{markdown_table(header, cells)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,14 +1,14 @@
-"""Clips per second and peak memory of training I3D ResNet-50, by normalisation layer.
+"""Clips per second and peak memory of training I3D ResNet-50, by normalization layer.
 
     python benchmarks/bench_train_step.py [--device cpu] [--quick] [--json PATH] [--markdown PATH]
 
-A step is what training does with a micro-batch: uint8 clips to the device, normalize, forward
-and backward in bfloat16, SGD. Ours against the same network built by pytorchvideo's
-`create_resnet`, with batch norm and with `torch.nn.GroupNorm`. Medians of interleaved repeats; on a
-CPU in processor time, which other processes on the machine do not enter. Peak memory
-(CUDA alone) is that of a network's own training, parameters and optimiser included.
+A step is what training does with a micro-batch: copy uint8 clips to the device, normalize, forward
+and backward in bfloat16, SGD. Ours is compared with the same network built by pytorchvideo's
+`create_resnet`, with batch norm and with `torch.nn.GroupNorm`. Times are medians of interleaved
+repeats, on a CPU of CPU time, which other processes hardly affect. Peak memory (CUDA only) is that
+of training one network, parameters and optimizer included.
 
-Network and clips are in channels_last_3d, except where the name says contiguous.
+Networks and clips are in channels_last_3d, unless the name says contiguous.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import environment, markdown_table, median_seconds
+from interleaved import environment, median_seconds
+from report import markdown_table
 from torch import nn
 
-from i3d_gn.data.to_device import DeviceClips
+from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.optim import build_sgd, set_lr
+from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_resnet50
 
 # Name: frames, height and width, clips.
@@ -39,7 +41,7 @@ CPU_CASES = {"16 frames of 112², 4 clips": (16, 112, 4)}
 
 
 def pytorchvideo_i3d(num_frames: int, size: int, norm: Callable[..., nn.Module]) -> nn.Module:
-    """The long form of I3D ResNet-50, as pytorchvideo's hub makes the short one."""
+    """I3D ResNet-50 with our `strided` stem, built as `i3d_r50` of pytorchvideo's hub."""
     from pytorchvideo.models.resnet import create_resnet
 
     return create_resnet(
@@ -61,12 +63,12 @@ def pytorchvideo_i3d(num_frames: int, size: int, norm: Callable[..., nn.Module])
 
 
 def torch_group_norm(num_features: int, eps: float, momentum: float) -> nn.GroupNorm:
-    """In the signature that pytorchvideo wants."""
+    """`torch.nn.GroupNorm` with the signature that pytorchvideo expects."""
     return nn.GroupNorm(32, num_features, eps)
 
 
 def networks(num_frames: int, size: int) -> dict[str, Callable[[], nn.Module]]:
-    """Names and what makes them; pytorchvideo's where it is installed."""
+    """Networks by name; those of pytorchvideo if it is installed."""
     candidates = {
         "ours, gn": partial(i3d_resnet50, "gn"),
         "ours, gn, recompute=False": partial(i3d_resnet50, "gn", recompute=False),
@@ -90,16 +92,14 @@ def train_step(
     channels_last: bool,
     compiled: bool,
 ) -> Callable[[], None]:
-    """A function that takes one step."""
+    """A function that runs one training step."""
     torch.manual_seed(0)
     model = make().to(device).train()
     if channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    optimizer = build_sgd(
-        model, momentum=0.9, nesterov=True, weight_decay=1e-4, norm_weight_decay=0.0
-    )
+    optimizer = build_sgd(model, Recipe())
     set_lr(optimizer, 0.01)
-    to_device = DeviceClips(
+    to_device = ToDevice(
         device=torch.device(device), mean=(0.45,) * 3, std=(0.225,) * 3, precision="bf16"
     )
     clips = torch.randint(0, 256, (num_clips, num_frames, size, size, 3), dtype=torch.uint8)
@@ -127,10 +127,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one case, few repeats")
-    parser.add_argument("--only", action="append", help="networks whose names contain this")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all networks too")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--only", action="append", help="only networks whose names contain this")
+    parser.add_argument(
+        "--compile", action="store_true", help="also run all networks with torch.compile"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     torch.backends.cudnn.benchmark = True
@@ -142,7 +144,7 @@ def main() -> None:
         for name, make in networks(num_frames, size).items():
             if args.only and not any(part in name for part in args.only):
                 continue
-            if not cuda and "recompute" in name:  # it takes effect on CUDA alone
+            if not cuda and "recompute" in name:  # takes effect on CUDA only
                 continue
             for channels_last in (True,) if cuda else (True, False):
                 for compiled in (False, True) if args.compile else (False,):
@@ -180,9 +182,9 @@ def main() -> None:
 
 
 def _report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Write all results so far: of a run that is cut off, those stay. Returns the table."""
+    """Write all results so far, in case the run is cut off, and return the table."""
     table = markdown_table(
-        ["case", "network", "ms a step", "clips/s", "peak, GB"],
+        ["case", "network", "ms per step", "clips/s", "peak, GB"],
         (
             (
                 row["case"], row["network"], f"{row['seconds'] * 1e3:.1f}",

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from report import cpu_name, markdown_table
 
 from data_tools.full_decode_check import check_video
 from data_tools.h264 import X264Options
@@ -57,13 +58,11 @@ def main() -> int:
         rows = measure(arguments.videos, Path(folder), repeat=arguments.repeat)
     text = "\n".join(
         [
-            f"{processor()}, Python {platform.python_version()}, PyAV {av.__version__} "
+            f"{cpu_name()}, Python {platform.python_version()}, PyAV {av.__version__} "
             f"(FFmpeg {av.ffmpeg_version_info}), {ffmpeg_version()}; "
             f"{len(arguments.videos)} videos x {arguments.repeat}",
             "",
-            "| | median | |",
-            "|---|---|---|",
-            *(f"| {name} | {value} | {unit} |" for name, value, unit in rows),
+            markdown_table(["", "median", ""], rows),
         ]
     )
     print(text)
@@ -163,14 +162,6 @@ def cpu_seconds() -> float:
     """User and system time of this process and its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
 
 
 def ffmpeg_version() -> str:

@@ -1,15 +1,16 @@
-"""Timing for benchmarks that compare: medians of repeats that go round all candidates."""
+"""Timing for benchmarks that compare candidates: medians of interleaved repeats."""
 
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import cpu_name
 
-# Of a GPU's clock, a good half millisecond: forward and backward of a layer are launched in less.
+# GPU clock cycles: more than half a millisecond, in which a layer's forward and backward launch.
 _CYCLES_TO_LAUNCH = 1_000_000
 
 
@@ -22,13 +23,20 @@ def median_seconds(
     calls: int = 1,
     queued: bool = False,
 ) -> dict[str, float]:
-    """Median duration of a call of each candidate.
+    """Median time of a call of each candidate.
 
-    Each repeat runs all of them one after the other, `calls` times in a row each, so that a noisy
-    neighbour or a sinking clock hits all alike. On CUDA by events around the calls, elsewhere
-    in processor time of all threads, which other processes on the machine do not enter. `queued`
-    calls wait on the GPU until all are launched: the time is that of the kernels alone, where
-    launching them takes longer.
+    Each repeat runs all candidates in turn, each `calls` times in a row, so that other load and
+    clock changes affect all alike. Time is measured by events on CUDA, and elsewhere as CPU time of
+    all threads of this process, which other processes hardly affect.
+
+    Args:
+        candidates: functions to time, by name.
+        device: `cuda` or `cpu`.
+        repeats: measured rounds over all candidates.
+        warm_up: rounds before these, not measured.
+        calls: calls per candidate and round; the time is their mean.
+        queued: make the GPU wait until all calls are launched, so that the time is that of the
+            kernels even if launching them takes longer.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(warm_up + repeats):
@@ -45,7 +53,7 @@ def median_seconds(
 def median_launch_seconds(
     candidates: dict[str, Callable[[], object]], *, repeats: int, calls: int
 ) -> dict[str, float]:
-    """Median time that the host takes to launch a call on CUDA, while the GPU does nothing yet."""
+    """Median host time to launch a call on CUDA, with the GPU still waiting."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
@@ -60,11 +68,11 @@ def median_launch_seconds(
 
 
 def environment(device: str) -> dict[str, str]:
-    """Hardware, versions and commit, for the head of a result."""
+    """Hardware, versions and commit, for the heading of a result."""
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
-        hardware = f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
         capture_output=True, text=True, check=False,
@@ -82,13 +90,6 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit or "unknown",
     }
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table; numbers are written as they come."""
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
 def _seconds_cuda(run: Callable[[], object], calls: int, queued: bool) -> float:
@@ -109,12 +110,3 @@ def _seconds_cpu(run: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         run()
     return time.process_time() - started
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
