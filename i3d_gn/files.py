@@ -72,11 +72,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def lock_file(file: BinaryIO, *, wait: bool) -> bool:
-    """Take the exclusive lock of an open file, held until it is closed; whether that succeeded.
+def lock_file(file: BinaryIO | int, *, wait: bool) -> bool:
+    """Take the exclusive lock of an open file, held until it is closed; return whether it was free.
 
-    Without `wait` it fails if another process holds the lock. The lock ends with the process that
-    holds it. On a file system without locks it always succeeds.
+    With `wait`, wait until it is. The lock ends with the process that
+    holds it. On a file system without locks every file counts as free.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

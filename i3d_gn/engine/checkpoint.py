@@ -1,8 +1,10 @@
-"""Checkpoints: written atomically, loaded without running code, complete enough for testing."""
+"""Checkpoints: written atomically, verified when loaded, complete enough for testing."""
 
+import logging
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,12 @@ import torch
 from i3d_gn.files import atomic_output
 
 FORMAT = 1
-_NAME = re.compile(r"step_(\d{8})\.pt")
+_NAME = re.compile(r"step_(\d{8,})\.pt")
+_BEFORE_VALIDATION = "before_validation.pt"
+
+_KEYS = {"model": dict, "optimizer": dict, "config": dict, "trainer": dict, "num_broken": int}
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -33,20 +40,30 @@ def checkpoint_step(path: Path) -> int:
 def save_checkpoint(folder: Path, *, step: int, contents: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` atomically, then delete all but the newest `keep`."""
     path = checkpoint_path(folder, step)
-    with atomic_output(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "step": step, **contents}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(path, step, contents)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def save_before_validation(folder: Path, *, step: int, contents: dict[str, Any]) -> Path:
+    """Write the checkpoint from which a run resumes if it stops while validating after `step`."""
+    path = folder / _BEFORE_VALIDATION
+    _write(path, step, contents)
+    return path
+
+
+def delete_before_validation(folder: Path) -> None:
+    """Delete what `save_before_validation` wrote, once the validation is done."""
+    (folder / _BEFORE_VALIDATION).unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest step first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -55,11 +72,52 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Load the newest intact checkpoint of a run, warning about newer ones that are damaged.
+
+    Returns:
+        Its path and contents, or None if there is no checkpoint. The path ends in
+        `before_validation.pt` if the run stopped while validating: that is still to be done.
+
+    Raises:
+        CheckpointError: There are checkpoints, but all are damaged.
+    """
+    candidates = [*reversed(list_checkpoints(folder))]
+    if (folder / _BEFORE_VALIDATION).is_file():
+        candidates.insert(0, folder / _BEFORE_VALIDATION)
+    loaded: tuple[Path, dict[str, Any]] | None = None
+    damaged = []
+    for path in candidates:
+        try:
+            contents = load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; resuming from an older checkpoint", error)
+            damaged.append(path)
+            continue
+        if loaded is None or contents["step"] >= loaded[1]["step"]:
+            loaded = path, contents
+        if path.name != _BEFORE_VALIDATION:
+            break
+    if damaged and loaded is None:
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {folder} is intact; restore one from a "
+            "backup, or delete the folder to start over"
+        )
+    return loaded
+
+
+def is_before_validation(path: Path) -> bool:
+    """Whether the validation after this checkpoint's step is still to be done."""
+    return path.name == _BEFORE_VALIDATION
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this package onto the CPU (`weights_only`: runs no code of the file).
 
+    Every byte is verified against the checksums of the file: torch itself does not.
+
     Raises:
-        CheckpointError: The file is missing, unreadable, or not a checkpoint of this package.
+        CheckpointError: The file is missing, damaged, or not a checkpoint of this package.
     """
     path = Path(path)
     if path.is_dir():
@@ -67,17 +125,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         hint = f"; the newest checkpoint in it is {found}" if found else ""
         raise CheckpointError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: checkpoint not found")
+        raise CheckpointError(f"checkpoint not found: {path}")
+    _check_archive(path)
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # the message advises to run what the file says
+        raise CheckpointError(
+            f"{path}: not a checkpoint of i3d_gn: it holds more than tensors and plain values"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of i3d_gn (format {FORMAT}); weights in other formats can "
-            "be inflated or loaded as starting weights, but not resumed or tested"
-        )
+    _check_contents(path, contents)
     return contents
 
 
@@ -99,3 +158,48 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any], *, path: str
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path}: does not match the model: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
+
+
+def _write(path: Path, step: int, contents: dict[str, Any]) -> None:
+    try:
+        with atomic_output(path) as temporary, temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"checkpoint {path} cannot be written ({reason})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Verify the checksum of every member."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch stores without compression: anything else could unpack to any size.
+            if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
+                raise CheckpointError(f"{path}: not a checkpoint of i3d_gn: it is compressed")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
+
+
+def _check_contents(path: Path, contents: Any) -> None:
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of i3d_gn (format {FORMAT}); weights in other formats can "
+            "be inflated or loaded as starting weights, but not resumed or tested"
+        )
+    step = contents.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{path}: damaged: its step is {step!r}, expected 0 or more")
+    match = _NAME.fullmatch(path.name)
+    if match and int(match[1]) != step:
+        raise CheckpointError(f"{path}: renamed: by its contents it is of step {step}")
+    for key, kind in _KEYS.items():
+        if not isinstance(contents.get(key), kind):
+            raise CheckpointError(f"{path}: damaged: {key!r} is missing or of a wrong type")

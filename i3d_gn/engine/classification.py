@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from i3d_gn.data.batches import Batch
 from i3d_gn.data.to_device import ToDevice
+from i3d_gn.engine.checkpoint import CheckpointError
 from i3d_gn.engine.distributed import Process, broadcast_from_main
 from i3d_gn.engine.loop import Task
 from i3d_gn.engine.metrics import ClassificationMetrics
@@ -45,8 +46,19 @@ class ClassificationTask(Task):
         return f"loss {values['loss']:.4f}  top-1 {values['top1']:.1f} %"
 
     def state(self) -> dict[str, Any]:
-        """How the input must be normalized for these weights."""
+        """How the input must be normalized for these weights, see `saved_normalization`."""
         return {"input": {"mean": list(self.to_device.mean), "std": list(self.to_device.std)}}
+
+
+def saved_normalization(saved: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std from the contents of a checkpoint.
+
+    Raises:
+        CheckpointError: They are missing, or not three numbers each.
+    """
+    values = saved.get("input")
+    values = values if isinstance(values, dict) else {}
+    return _three_numbers(values, "mean"), _three_numbers(values, "std")
 
 
 @torch.no_grad()
@@ -60,6 +72,9 @@ def validate(
     Returns:
         `ClassificationMetrics.read_and_reset()` over all ranks, and one line for each sample of
         this rank that failed to decode.
+
+    Raises:
+        ValueError: No sample could be decoded.
     """
     model.eval()
     broadcast_from_main(model.buffers())
@@ -68,7 +83,11 @@ def validate(
     for batch in batches:
         _cross_entropy(model, batch, to_device, metrics)
         broken += batch.broken
-    return metrics.read_and_reset(), broken
+    values = metrics.read_and_reset()
+    if not values["samples"]:
+        reason = broken[0] if broken else "see the other ranks"
+        raise ValueError(f"no sample of the validation could be decoded: {reason}")
+    return values, broken
 
 
 def _cross_entropy(
@@ -83,3 +102,14 @@ def _cross_entropy(
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
     metrics.update(losses, logits, labels, weights, len(batch.broken))
     return losses, weights
+
+
+def _three_numbers(values: dict[str, Any], key: str) -> tuple[float, ...]:
+    numbers = values.get(key)
+    if not (
+        isinstance(numbers, list)
+        and len(numbers) == 3
+        and all(isinstance(number, float) for number in numbers)
+    ):
+        raise CheckpointError(f"the checkpoint is damaged: its {key} is {numbers!r}")
+    return tuple(numbers)

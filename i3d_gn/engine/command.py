@@ -8,16 +8,23 @@ from pathlib import Path
 
 from i3d_gn.engine.host_memory import keep_freed_memory
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged."""
+
+
+class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
+    """A signal stopped a run; run the same command again to resume."""
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit status.
 
     0 success, 1 training diverged, 2 a user error (`ValueError`) or a system error (`OSError`: disk
-    full, permission denied), 130 Ctrl-C. Errors of these kinds are printed as one line on stderr.
+    full, permission denied), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP, 130 stopped by Ctrl-C. All
+    of these are one line on stderr.
     """
     try:
         return command()
@@ -27,6 +34,9 @@ def run_command(command: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{stopped}; run the same command again to resume", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

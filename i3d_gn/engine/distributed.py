@@ -1,14 +1,25 @@
 """The process group of a `torchrun` launch; every function also works in a single process."""
 
 import contextlib
+import ctypes
 import datetime
+import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+class RankError(OSError):
+    """Another rank has stopped, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,14 @@ class Process:
 
 
 @contextlib.contextmanager
-def init_process_group() -> Iterator[Process]:
+def init_process_group(*, timeout_minutes: float) -> Iterator[Process]:
     """Join the process group that torchrun's environment describes, and leave it at the end.
 
     NCCL connects GPUs, gloo CPUs. Without torchrun's variables there is one process and no group.
-    Ranks other than 0 log warnings only.
+    Ranks other than 0 log warnings only, and end when torchrun does.
+
+    Args:
+        timeout_minutes: How long ranks wait for one another before they give up.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -40,17 +54,76 @@ def init_process_group() -> Iterator[Process]:
         torch.cuda.set_device(device)
     if rank:
         logging.getLogger("i3d_gn").setLevel(logging.WARNING)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            # Ranks wait longer for one another's last test videos than for a gradient.
-            timeout=datetime.timedelta(hours=1),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     try:
         yield Process(rank, world_size, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class StopVote:
+    """Agreement of all ranks to stop after the same step, without waiting for the device.
+
+    A vote is counted while the next step runs: its result arrives one call later, on all ranks. It
+    is also how a rank that has stopped or lost its connection is noticed, and named.
+
+    Args:
+        process: This rank.
+        timeout_minutes: How long to wait for the votes of the others.
+    """
+
+    def __init__(self, process: Process, *, timeout_minutes: float) -> None:
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if process.world_size > 1:
+            timeout = datetime.timedelta(minutes=timeout_minutes)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+
+    def __call__(self, stop: bool) -> bool:
+        """Vote, and return the result of the previous vote (of this one in a single process).
+
+        Raises:
+            RankError: A rank did not vote in time.
+        """
+        if self._group is None:
+            return stop
+        result = self.result()
+        flag = torch.tensor([int(stop)])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = flag, work
+        return result
+
+    def result(self) -> bool:
+        """Wait for the pending vote; False if there is none."""
+        if self._pending is None:
+            return False
+        (flag, work), self._pending = self._pending, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankError(f"lost contact with {self.name_lost_rank()}") from error
+        return bool(flag)
+
+    def name_lost_rank(self) -> str:
+        """Which rank does not answer, found out within seconds."""
+        try:
+            dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=15))
+        except RuntimeError as error:
+            lost = sorted({int(n) for n in re.findall(r"[Rr]ank (\d+) failed", str(error))})
+            if lost:
+                return f"rank {', '.join(map(str, lost))}"
+            return "rank 0" if dist.get_rank() else "another rank"
+        return "another rank for a while"
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -67,10 +140,15 @@ def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def is_equal_on_all_ranks(value: int, process: Process) -> bool:
-    """Whether all ranks pass the same number."""
-    largest = all_reduce_max(torch.tensor([value, -value], device=process.device))
-    return int(largest[0]) == -int(largest[1])
+def names_that_differ(values: Mapping[str, str], process: Process) -> list[str]:
+    """The names whose values are not the same on all ranks; every rank passes the same names."""
+    hashes = [
+        int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+        for value in values.values()
+    ]
+    mine = torch.tensor(hashes, dtype=torch.int64, device=process.device)
+    largest, smallest = all_reduce_max(mine.clone()), -all_reduce_max(-mine)
+    return [name for name, differs in zip(values, largest != smallest, strict=True) if differs]
 
 
 def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
@@ -78,6 +156,12 @@ def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when torchrun dies: a killed launcher must not leave ranks training."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def barrier() -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,21 +24,29 @@ from i3d_gn.data.batches import Batch
 from i3d_gn.data.loader import TimedIterator
 from i3d_gn.data.samplers import micro_batches_per_rank
 from i3d_gn.engine.checkpoint import (
+    CheckpointError,
+    delete_before_validation,
+    is_before_validation,
     latest_checkpoint,
-    load_checkpoint,
     load_model_state,
+    load_newest,
+    save_before_validation,
     save_checkpoint,
 )
-from i3d_gn.engine.command import NonFiniteLossError
-from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.command import NonFiniteLossError, Stopped
+from i3d_gn.engine.distributed import Process, RankError, StopVote, names_that_differ
 from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
 from i3d_gn.engine.recipe import Recipe
-from i3d_gn.engine.run_dir import claim_run_dir
+from i3d_gn.engine.run_dir import DirLock, check_same_run, write_run_config
 from i3d_gn.engine.run_log import RunLog
+from i3d_gn.engine.stop_signals import StopSignals
 from i3d_gn.engine.trainer import Trainer
-from i3d_gn.engine.typed_config import to_dict
+from i3d_gn.engine.typed_config import ConfigError, config_hash, to_dict
 
 logger = logging.getLogger(__name__)
+
+# Broken samples up to which their share says nothing.
+_FEW_BROKEN = 10
 
 
 class Metrics(Protocol):
@@ -62,6 +72,7 @@ class Task(abc.ABC):
     process: Process
     micro_batch_size: int  # samples per forward pass of a rank
     max_broken: int = 0  # samples that may fail to decode before training stops
+    max_broken_share: float = 1.0  # of all samples so far
 
     @property
     @abc.abstractmethod
@@ -71,6 +82,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
         """Build the network, randomly initialized, on its device."""
+
+    @abc.abstractmethod
+    def data(self) -> dict[str, str]:
+        """What identifies each data set; a run resumes only with the same."""
 
     @abc.abstractmethod
     def load_weights(self, model: nn.Module) -> None:
@@ -109,10 +124,12 @@ class TrainingLoop:
         recipe: How.
         config: The run's whole config, saved beside the outputs and in every checkpoint.
         seed: Of initialization and dropout.
-        output_dir: Where the run writes.
+        output_dir: Where the run writes; no other process may use it meanwhile.
 
     Raises:
-        ConfigError: `output_dir` holds a run with another config.
+        ConfigError: `output_dir` holds a run with another config or other data, is in use, or the
+            ranks differ.
+        CheckpointError: No checkpoint of the run is intact.
         ValueError: The global batch does not split evenly.
     """
 
@@ -130,22 +147,30 @@ class TrainingLoop:
             micro_batch_size=task.micro_batch_size,
             world_size=self.process.world_size,
         )
-        resume_from = claim_run_dir(output_dir, config, self.process)
+        self._lock = DirLock(output_dir) if self.process.is_main else None
+        newest = load_newest(self.checkpoints)
+        path, saved = newest if newest is not None else (None, None)
+        check_same_run(output_dir, config, None if saved is None else saved["config"])
+        self.first_step = 0 if saved is None else saved["step"]
+        self.num_broken = 0 if saved is None else saved["num_broken"]
+        self.num_samples = 0 if saved is None else saved.get("num_samples", 0)
+        self._validate_first = path is not None and is_before_validation(path)
+        self._check_ranks()
+        if saved is not None and path is not None:
+            self._check_same_data(saved, path)
+        if self.process.is_main:
+            write_run_config(output_dir, config)
+
         torch.manual_seed(seed)
         torch.backends.cudnn.benchmark = True  # shapes never change
         self.model = task.build_model()
         self.optimizer = build_sgd(self.model, recipe)
-        saved = None
-        if resume_from is None:
+        if saved is None:
             task.load_weights(self.model)
         else:
-            saved = load_checkpoint(resume_from)
-            load_model_state(self.model, saved["model"], path=resume_from)
-            load_sgd_state(self.optimizer, saved["optimizer"])
-            task.load_state(saved)
-            logger.info("resuming after step %d from %s", saved["step"], resume_from)
-        self.first_step = 0 if saved is None else saved["step"]
-        self.num_broken = 0 if saved is None else saved["num_broken"]
+            assert path is not None
+            self._load(saved, path)
+            logger.info("resuming after step %d from %s", self.first_step, path)
         if recipe.compile:
             self.model.compile()
         self.trainer = Trainer(
@@ -168,15 +193,38 @@ class TrainingLoop:
 
         Raises:
             NonFiniteLossError: Training diverged; checkpoints saved before that are good.
-            ValueError: More than `task.max_broken` samples failed to decode.
+            ValueError: Too many samples failed to decode.
+            Stopped, KeyboardInterrupt: A signal stopped the run, after a checkpoint if steps were
+                being taken.
         """
+        with (
+            contextlib.ExitStack() as stack,
+            StopSignals() as signals,
+            RunLog(
+                self.output_dir,
+                last_step=self.first_step,
+                validate_last=self._validate_first,
+                enabled=self.process.is_main,
+            ) as self.log,
+        ):
+            if self._lock is not None:
+                stack.callback(self._lock.close)
+            try:
+                self._run(signals)
+            except (NonFiniteLossError, Stopped):
+                raise
+            except RuntimeError as error:
+                raise self._explained(error) from error
+
+    def _run(self, signals: StopSignals) -> None:
         recipe, steps = self.recipe, self.recipe.steps
-        with RunLog(
-            self.output_dir, last_step=self.first_step, enabled=self.process.is_main
-        ) as self.log:
-            batches = TimedIterator(iter(self.task.training_batches(self.first_step)))
-            clock = _Clock(self.first_step)
-            for step in range(self.first_step, steps):
+        batches = TimedIterator(iter(self.task.training_batches(self.first_step)))
+        self._vote = StopVote(self.process, timeout_minutes=recipe.rank_timeout_minutes)
+        if self._validate_first:
+            self._validate(self.first_step, signals)
+        clock = _Clock(self.first_step)
+        for step in range(self.first_step, steps):
+            with signals.deferred():
                 lr = learning_rate(step, recipe)
                 set_lr(self.optimizer, lr)
                 for line in self.trainer.step(step, batches):
@@ -184,11 +232,75 @@ class TrainingLoop:
                 done = step + 1
                 if done % recipe.log_every == 0 or done == steps:
                     self._write_log(done, lr, clock, batches)
-                if done % recipe.validate_every == 0 or done == steps:
-                    with clock.paused():
-                        self.task.validate(self.model, done, self.log)
-                if done % recipe.checkpoint_every == 0 or done == steps:
+                validates = done % recipe.validate_every == 0 or done == steps
+                stop = self._vote(signals.received is not None)
+                if validates:  # do not start what takes minutes before the vote is counted
+                    stop = self._vote.result() or stop
+                if stop and (validates or done != steps):
+                    self._save(done, before_validation=validates)
+                    self._raise_stopped(done, signals)
+            if validates:
+                with clock.paused():
+                    self._validate(done, signals)
+            if done % recipe.checkpoint_every == 0 or done == steps:
+                with signals.deferred():
                     self._save(done)
+
+    def _validate(self, done: int, signals: StopSignals) -> None:
+        """Validate. A run that stops meanwhile resumes here, from a checkpoint made for that."""
+        if not self._validate_first:
+            with signals.deferred():
+                self._save(done, before_validation=True)
+            if signals.received is not None and self.process.world_size == 1:
+                self._raise_stopped(done, signals)
+        self._validate_first = False
+        self.task.validate(self.model, done, self.log)
+        if self.process.is_main:
+            self.log.flush()
+            delete_before_validation(self.checkpoints)
+
+    def _raise_stopped(self, done: int, signals: StopSignals) -> None:
+        number = signals.received
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        name = number.name if number is not None else "a signal to another rank"
+        raise Stopped(f"stopped by {name} after step {done}, with a checkpoint")
+
+    def _check_ranks(self) -> None:
+        values = {
+            "newest checkpoint": f"{self.first_step} {self._validate_first}",
+            "config": config_hash(self.config),
+            "torch version": torch.__version__,
+            **self.task.data(),
+        }
+        differing = names_that_differ(values, self.process)
+        if "newest checkpoint" in differing:
+            raise ConfigError(
+                f"the ranks do not find the same newest checkpoint under {self.output_dir}; put "
+                "output_dir on storage that all of them share"
+            )
+        if differing:
+            raise ConfigError(
+                f"the ranks have a different {' and '.join(differing)}; start the same command in "
+                "the same environment on all of them"
+            )
+
+    def _check_same_data(self, saved: dict[str, Any], path: Path) -> None:
+        before, now = saved.get("data", {}), self.task.data()
+        changed = [f"{k}: {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
+        if changed:
+            raise ConfigError(
+                f"the data have changed since {path} was saved ({'; '.join(changed)}); restore "
+                "the data that the run started with, or use another output_dir"
+            )
+
+    def _load(self, saved: dict[str, Any], path: Path) -> None:
+        self.task.load_state(saved)
+        load_model_state(self.model, saved["model"], path=path)
+        try:
+            load_sgd_state(self.optimizer, saved["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: its optimizer state does not fit ({error})") from error
 
     def _write_log(
         self, done: int, lr: float, clock: _Clock, batches: TimedIterator[Batch]
@@ -196,6 +308,7 @@ class TrainingLoop:
         self._check_finite()
         values = self.task.metrics.read_and_reset()
         self.num_broken += int(values["broken"])
+        self.num_samples += int(values["samples"]) + int(values["broken"])
         seconds = clock.seconds()
         timing = {
             "samples_per_second": values["samples"] / seconds,
@@ -208,16 +321,27 @@ class TrainingLoop:
             timing["samples_per_second"], self.task.unit, 100 * timing["data_wait_share"],
             _duration(clock.seconds_per_step(done) * (self.recipe.steps - done)),
         )  # fmt: skip
-        if self.num_broken > self.task.max_broken:
-            raise ValueError(
-                f"{self.num_broken} {self.task.unit} failed to decode, more than the "
-                f"{self.task.max_broken} allowed; see the warnings above"
-            )
+        self._check_broken(int(values["samples"]))
         batches.seconds_waited = 0.0
         clock.restart(done)
 
-    def _save(self, done: int) -> None:
-        self._check_finite(parameters=True)
+    def _check_broken(self, num_since_last_line: int) -> None:
+        unit, task = self.task.unit, self.task
+        if not num_since_last_line:
+            raise ValueError(
+                f"no {unit} could be decoded since the last log line; see the warnings"
+            )
+        share = self.num_broken / self.num_samples
+        if self.num_broken > task.max_broken or (
+            self.num_broken > _FEW_BROKEN and share > task.max_broken_share
+        ):
+            raise ValueError(
+                f"{self.num_broken} of {self.num_samples} {unit} failed to decode, more than the "
+                f"{task.max_broken} or {100 * task.max_broken_share:g} % allowed; see the warnings"
+            )
+
+    def _save(self, done: int, *, before_validation: bool = False) -> None:
+        self._check_finite(everything=True)
         trainer = {**self.trainer.state(), "metrics": self.task.metrics.state()}
         self.log.flush()
         if not self.process.is_main:
@@ -228,19 +352,31 @@ class TrainingLoop:
             "config": to_dict(self.config),
             "trainer": trainer,
             "num_broken": self.num_broken,
+            "num_samples": self.num_samples,
+            "data": self.task.data(),
             **self.task.state(),
         }
+        if before_validation:
+            save_before_validation(self.checkpoints, step=done, contents=contents)
+            return
         keep = self.recipe.keep_checkpoints
         path = save_checkpoint(self.checkpoints, step=done, contents=contents, keep=keep)
         logger.info("saved %s", path)
 
-    def _check_finite(self, *, parameters: bool = False) -> None:
+    def _check_finite(self, *, everything: bool = False) -> None:
         try:
-            self.trainer.check_finite(parameters=parameters)
+            self.trainer.check_finite(everything=everything)
         except NonFiniteLossError as error:
             last = latest_checkpoint(self.checkpoints)
             good = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
             raise NonFiniteLossError(f"{error}; {good}") from error
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """Name the rank that was lost, if that is what a collective operation complains about."""
+        about_ranks = "gloo" in str(error) or isinstance(error, dist.DistError)
+        if self.process.world_size > 1 and about_ranks:
+            return RankError(f"lost contact with {self._vote.name_lost_rank()}")
+        return error
 
 
 class _Clock:

@@ -34,6 +34,7 @@ class Recipe:
     validate_every: int = 10_000
     checkpoint_every: int = machine_key(5_000)
     keep_checkpoints: int = machine_key(3)
+    rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another
 
 
 def check_optimizer_values(train: Any, where: str) -> None:

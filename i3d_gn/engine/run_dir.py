@@ -1,43 +1,100 @@
-"""One output directory, one run."""
+"""One output directory, one run: its lock, its config."""
 
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from i3d_gn.engine.checkpoint import checkpoint_step, latest_checkpoint
-from i3d_gn.engine.distributed import Process, is_equal_on_all_ranks
 from i3d_gn.engine.typed_config import ConfigError, differences, to_dict, to_yaml
-from i3d_gn.files import write_text
+from i3d_gn.files import lock_file, write_text
 
 
-def claim_run_dir(output_dir: Path, config: Any, process: Process) -> Path | None:
-    """Write the resolved config to `output_dir`, unless another run has already used it.
-
-    Returns:
-        The newest checkpoint, from which the run resumes; None if it starts.
+class DirLock:
+    """Exclusive use of a directory, until `close` or the end of the process.
 
     Raises:
-        ConfigError: Another run has started there, or the ranks see different directories.
+        ConfigError: Another process is using it (the message says which, and since when), or it
+            cannot be written.
     """
-    path = output_dir / "config.yaml"
-    resume_from = latest_checkpoint(output_dir / "checkpoints")
-    log = output_dir / "log.jsonl"
-    started = resume_from is not None or (log.is_file() and log.stat().st_size > 0)
-    if started and path.is_file():
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = differences(saved, to_dict(config), type(config))
-        if changed:
+
+    def __init__(self, directory: Path) -> None:
+        self._descriptor: int | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
             raise ConfigError(
-                f"{output_dir} holds a run with another config ({'; '.join(changed)}); "
-                "use another output_dir, or delete that one to start over"
+                f"output_dir {directory} cannot be written ({error.strerror or error}); use "
+                "another output_dir"
+            ) from error
+        if not lock_file(self._descriptor, wait=False):
+            holder = os.read(self._descriptor, 200).decode(errors="replace") or "unknown"
+            self.close()
+            raise ConfigError(
+                f"{directory} is in use by another process ({holder}); wait for it, stop it, or "
+                "use another output_dir"
             )
-    step = -1 if resume_from is None else checkpoint_step(resume_from)
-    if not is_equal_on_all_ranks(step, process):
+        started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        os.truncate(self._descriptor, 0)
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {started}"
+        os.write(self._descriptor, holder.encode())
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) -> None:
+    """Refuse to continue the run in `output_dir` with another config.
+
+    Args:
+        output_dir: Of the run.
+        config: Of the command.
+        saved: The config in the newest checkpoint, None if there is none.
+
+    Raises:
+        ConfigError: The run that started there has another config.
+    """
+    path, log = output_dir / "config.yaml", output_dir / "log.jsonl"
+    if saved is None:
+        started = log.is_file() and log.stat().st_size > 0
+        if not (started and path.is_file()):
+            return
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise ConfigError(
+                f"{path} is damaged, so that nobody can tell which run has started there; use "
+                "another output_dir, or delete that one to start over"
+            )
+    before, after = (json.loads(json.dumps(values)) for values in (saved, to_dict(config)))
+    changed = differences(before, after, type(config))
+    may_change = getattr(config, "may_change", None)
+    if may_change is not None:
+        changed = [line for line in changed if not may_change(line.partition(":")[0], before)]
+    if changed:
         raise ConfigError(
-            f"the ranks do not find the same newest checkpoint under {output_dir}; put output_dir "
-            "on storage that all of them share"
+            f"{output_dir} holds a run with another config ({'; '.join(changed)}); "
+            "use another output_dir, or delete that one to start over"
         )
-    if process.is_main:
-        write_text(path, to_yaml(config))
-    return resume_from
+
+
+def write_run_config(output_dir: Path, config: Any) -> None:
+    """Write the resolved config, and delete what a killed process left unfinished."""
+    for folder in (output_dir, output_dir / "checkpoints"):
+        for path in folder.glob(".*.part"):  # of `atomic_output`; the lock keeps others out
+            path.unlink(missing_ok=True)
+    write_text(output_dir / "config.yaml", to_yaml(config))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from i3d_gn.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -19,21 +22,26 @@ class RunLog:
     Args:
         output_dir: Of the run.
         last_step: Optimizer steps done when the run resumes.
+        validate_last: The validation after `last_step` is still to be done: drop its lines.
         enabled: False on all ranks but 0, where nothing is written.
     """
 
-    def __init__(self, output_dir: Path, *, last_step: int, enabled: bool = True) -> None:
+    def __init__(
+        self, output_dir: Path, *, last_step: int, validate_last: bool = False, enabled: bool = True
+    ) -> None:
         self.enabled = enabled
         if not enabled:
             return
-        # Imports torch, which reading a log does not need.
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-
         self.path = output_dir / "log.jsonl"
-        kept = [line for line in read_log(self.path) if line["step"] <= last_step]
+        kept = [
+            line
+            for line in read_log(self.path)
+            if line["step"] < last_step
+            or (line["step"] == last_step and not (validate_last and line["kind"] != "train"))
+        ]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=last_step + 1)
+        self._tensorboard = _TensorBoard(output_dir / "tensorboard", kept)
 
     def __enter__(self) -> RunLog:
         return self
@@ -57,15 +65,10 @@ class RunLog:
         line = {"kind": kind, "step": step, **values, **({"timing": timing} if timing else {})}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in {**values, **(timing or {})}.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self._tensorboard.add(line)
 
     def flush(self) -> None:
-        """Write everything to disk: no checkpoint may be newer than the log lines before it.
-
-        TensorBoard's writer has a queue and, with TensorFlow installed, a buffer of two minutes.
-        """
+        """Write everything to disk: no checkpoint may be newer than the log lines before it."""
         if self.enabled:
             os.fsync(self._file.fileno())
             self._tensorboard.flush()
@@ -77,14 +80,68 @@ class RunLog:
             self._tensorboard.close()
 
 
+class _TensorBoard:
+    """The scalars of the log as TensorBoard events.
+
+    They are written anew from the log when a run resumes: TensorBoard orders event files by the
+    clock, which may have been set back. If they cannot be written, training goes on without them.
+    """
+
+    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+        self._writer = None
+        try:
+            # Imports torch, which reading a log does not need.
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+            for path in folder.glob("events.out.tfevents.*"):
+                path.unlink()
+            self._writer = SummaryWriter(str(folder))
+        except OSError as error:
+            self._give_up(error)
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add the numbers of a log line."""
+        kind, step = line["kind"], line["step"]
+        values = {k: v for k, v in line.items() if k not in ("kind", "step", "timing")}
+        for name, value in {**values, **line.get("timing", {})}.items():
+            if isinstance(value, (int, float)):
+                self._try("add_scalar", f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Write to disk; the writer has a queue and, with TensorFlow, a buffer of two minutes."""
+        self._try("flush")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._try("close")
+
+    def _try(self, method: str, *arguments: Any) -> None:
+        if self._writer is not None:
+            try:
+                getattr(self._writer, method)(*arguments)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        logger.warning("TensorBoard events cannot be written (%s); training goes on", error)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`, up to the first one that is cut off or damaged."""
+    """The lines of a `log.jsonl`; damaged ones, such as one cut off by a crash, are skipped."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            if not (type(line["step"]) is int and isinstance(line["kind"], str)):
+                raise TypeError
+            lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(number)
+    if damaged:
+        logger.warning("%s: skipped damaged lines: %s", path, ", ".join(map(str, damaged)))
     return lines

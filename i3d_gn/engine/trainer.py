@@ -78,19 +78,34 @@ class Trainer:
         self.scaler.update()
         return broken
 
-    def check_finite(self, *, parameters: bool = False) -> None:
+    def check_finite(self, *, everything: bool = False) -> None:
         """Stop a run that diverged. Waits for the device: call it when logging and saving only.
 
+        Args:
+            everything: Also check what a checkpoint saves: parameters, buffers, optimizer state.
+
         Raises:
-            NonFiniteLossError: A loss (or a parameter, if `parameters`) is not finite.
+            NonFiniteLossError: Something is not finite, on this rank or another.
         """
         bad_step = int(all_reduce_max(self._first_bad_step.clone()))
         if bad_step >= 0:
             raise NonFiniteLossError(f"the loss is not finite at step {bad_step + 1}")
-        if parameters:
-            finite = torch.stack([p.detach().isfinite().all() for p in self.network.parameters()])
-            if not bool(finite.all()):
-                raise NonFiniteLossError("a parameter is not finite though the loss still is")
+        if everything:
+            named = [(name, t) for name, t in self._saved_tensors() if t.is_floating_point()]
+            bad = ~torch.stack([tensor.detach().isfinite().all() for _, tensor in named])
+            mine = [name for (name, _), is_bad in zip(named, bad.tolist(), strict=True) if is_bad]
+            if int(all_reduce_max(bad.sum())):
+                what = mine[0] if mine else "a tensor of another rank"
+                raise NonFiniteLossError(f"{what} is not finite though the loss still is")
+
+    def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.network.named_parameters():
+            yield f"parameter {name}", parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"{key} of {name}", value.to(parameter.device)
+        for name, buffer in self.network.named_buffers():
+            yield f"buffer {name}", buffer
 
     def state(self) -> dict[str, Any]:
         """State of the loss scaling, for a checkpoint."""

@@ -1,6 +1,9 @@
 """From an `ImagenetConfig` to the objects it describes."""
 
 import functools
+import hashlib
+import json
+import os
 
 import torch
 from torch import nn
@@ -66,6 +69,14 @@ def load_images(folder: str, config: ImagenetConfig) -> LabeledImages:
     return images
 
 
+def describe_images(images: LabeledImages, root: str) -> str:
+    """Number of images and classes, and a hash of their paths below `root` and labels."""
+    names = [os.path.relpath(path, root) for path in images.paths]
+    text = json.dumps([names, images.labels, images.class_names])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{len(images)} images, {len(images.class_names)} classes, {digest[:16]}"
+
+
 def recipe(config: ImagenetConfig, steps_per_epoch: int) -> Recipe:
     """The recipe of the config, its epochs counted in optimizer steps."""
     train = config.train
@@ -85,6 +96,7 @@ def recipe(config: ImagenetConfig, steps_per_epoch: int) -> Recipe:
         validate_every=steps_per_epoch,
         checkpoint_every=train.checkpoint_every_epochs * steps_per_epoch,
         keep_checkpoints=train.keep_checkpoints,
+        rank_timeout_minutes=train.rank_timeout_minutes,
     )
 
 

@@ -28,7 +28,7 @@ def train(argv: list[str]) -> int:
     from i3d_gn.imagenet.train import train_imagenet
 
     start_logging()
-    with init_process_group() as process:
+    with init_process_group(timeout_minutes=config.train.rank_timeout_minutes) as process:
         train_imagenet(config, process)
     return 0
 

@@ -60,6 +60,7 @@ class ImageTrainConfig:
     log_every: int = machine_key(100)
     checkpoint_every_epochs: int = machine_key(1)
     keep_checkpoints: int = machine_key(2)
+    rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another
 
     @property
     def global_batch_size(self) -> int:
@@ -121,7 +122,7 @@ def _check_values(config: ImagenetConfig, path: Path) -> None:
             "train.checkpoint_every_epochs",
             "train.keep_checkpoints",
         ),
-        positive=("data.std",),
+        positive=("data.std", "train.rank_timeout_minutes"),
         not_negative=("seed", "model.d_max", "data.num_workers", "data.mean"),
     )
     check_optimizer_values(config.train, f"{path}: train.")

@@ -86,6 +86,14 @@ class ImageTraining(ClassificationTask):
         """The network of the config."""
         return build.build_model(self.config, self.process.device)
 
+    def data(self) -> dict[str, str]:
+        """Paths and labels of both folders."""
+        folders = self.config.data
+        return {
+            "training images": build.describe_images(self.train_images, folders.train_folder),
+            "validation images": build.describe_images(self.val_images, folders.val_folder),
+        }
+
     def load_weights(self, model: nn.Module) -> None:
         """Nothing to load: training starts from scratch."""
         self.to_device = build.to_device(self.config, self.process)

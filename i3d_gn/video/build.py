@@ -1,8 +1,11 @@
 """From a `Config` to the objects it describes."""
 
 import functools
+import hashlib
+import json
 import logging
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -124,6 +127,15 @@ def load_index(path: str, config: Config) -> VideoIndex:
             f"{path}: {unlabeled} videos have no label; training and testing need labeled videos"
         )
     return index
+
+
+def describe_index(index: VideoIndex) -> str:
+    """Number of videos and classes, and a hash of everything in the index that training uses."""
+    digest = hashlib.sha256()
+    for array in (index.labels, index.num_frames, index.heights, index.widths):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(json.dumps([index.paths, list(index.class_names)]).encode())
+    return f"{len(index)} videos, {len(index.class_names)} classes, {digest.hexdigest()[:16]}"
 
 
 def random_clips(

@@ -26,7 +26,7 @@ def train(argv: list[str]) -> int:
     from i3d_gn.video.train import train as train_network
 
     start_logging()
-    with init_process_group() as process:
+    with init_process_group(timeout_minutes=config.train.rank_timeout_minutes) as process:
         train_network(config, process)
     return 0
 
@@ -46,7 +46,8 @@ def evaluate(argv: list[str]) -> int:
 
     config = load_config(args.config, args.overrides)
     start_logging()
-    with init_process_group() as process:
+    # Ranks wait longer for one another's last videos than for a gradient.
+    with init_process_group(timeout_minutes=60) as process:
         evaluate_checkpoint(config, args.checkpoint, process)
     return 0
 

@@ -7,7 +7,7 @@ recipe of the paper's baseline ([NL], see docs/design.md).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -48,7 +48,8 @@ class DataConfig:
         None  # RGB in [0, 1]; None: those of the weights, or ImageNet's
     )
     std: tuple[float, ...] | None = None
-    max_broken_clips: int = 1000  # training stops if more clips fail to decode
+    max_broken_clips: int = 1000  # training stops if more clips fail to decode,
+    max_broken_share: float = 0.2  # or this share of them
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
 
+    def may_change(self, key: str, saved: dict[str, Any]) -> bool:
+        """Whether a run with config `saved` may resume although `key` has changed.
+
+        More steps are the same experiment for longer, unless the schedule depends on their number.
+        """
+        train = saved.get("train", {})
+        return (
+            key == "train.steps"
+            and self.train.schedule == train.get("schedule") == "step"
+            and self.train.steps > train.get("steps", self.train.steps)
+        )
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check all of it.
@@ -134,7 +147,7 @@ def _check_values(config: Config, path: Path) -> None:
             "test.short_side",
             "test.clips_per_forward",
         ),
-        positive=("train.clip_grad_norm", "data.std"),
+        positive=("train.clip_grad_norm", "train.rank_timeout_minutes", "data.std"),
         not_negative=(
             "seed",
             "clip.stride",
@@ -143,7 +156,7 @@ def _check_values(config: Config, path: Path) -> None:
             "data.num_workers",
             "data.mean",
         ),
-        up_to_1=("model.dropout", "clip.flip_probability"),
+        up_to_1=("model.dropout", "clip.flip_probability", "data.max_broken_share"),
     )
     check_optimizer_values(config.train, f"{path}: train.")
     clip = config.clip

@@ -14,7 +14,7 @@ from torch import nn
 from i3d_gn.data.batches import Batch, Stream
 from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import EachItemOnce, ShuffledMicroBatches
-from i3d_gn.engine.classification import ClassificationTask, validate
+from i3d_gn.engine.classification import ClassificationTask, saved_normalization, validate
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, barrier
 from i3d_gn.engine.loop import TrainingLoop
@@ -61,6 +61,7 @@ class VideoTraining(ClassificationTask):
         super().__init__(process, micro_batch_size=config.train.clips_per_gpu)
         self.config = config
         self.max_broken = config.data.max_broken_clips
+        self.max_broken_share = config.data.max_broken_share
         self.train_index = build.load_index(config.data.train_index, config)
         self.val_index = build.load_index(config.data.val_index, config)
         if self.train_index.class_names != self.val_index.class_names:
@@ -73,6 +74,13 @@ class VideoTraining(ClassificationTask):
         """The network of the config."""
         return build.build_model(self.config, self.process.device)
 
+    def data(self) -> dict[str, str]:
+        """The rows and classes of both indexes."""
+        return {
+            "training index": build.describe_index(self.train_index),
+            "validation index": build.describe_index(self.val_index),
+        }
+
     def load_weights(self, model: nn.Module) -> None:
         """Inflate or load the weights that the config names."""
         assert isinstance(model, I3D)
@@ -81,7 +89,7 @@ class VideoTraining(ClassificationTask):
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """Normalize clips as before."""
-        mean, std = tuple(saved["input"]["mean"]), tuple(saved["input"]["std"])
+        mean, std = saved_normalization(saved)
         self.to_device = build.to_device(self.config, self.process, mean=mean, std=std)
 
     def state(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def clip_batch(n: int, *, seed: int = 0, broken: tuple[str, ...] = ()) -> Batch:
 class OnlyLoss(ClassificationTask):
     """The part of a task that a trainer needs."""
 
-    build_model = load_weights = load_state = training_batches = validate = None
+    build_model = data = load_weights = load_state = training_batches = validate = None
 
     def __init__(self, to_device=TO_DEVICE, process=CPU):
         super().__init__(process, micro_batch_size=2)
@@ -132,11 +132,11 @@ def test_non_finite_loss_is_reported_with_its_step():
     model = small_model()
     trainer = trainer_for(model)
     trainer.step(0, iter([clip_batch(2)]))
-    trainer.check_finite(parameters=True)
+    trainer.check_finite(everything=True)
     with torch.no_grad():
         model.head.linear.bias[0] = float("inf")
     with pytest.raises(NonFiniteLossError, match="a parameter is not finite"):
-        trainer.check_finite(parameters=True)
+        trainer.check_finite(everything=True)
     trainer.step(1, iter([clip_batch(2)]))
     trainer.step(2, iter([clip_batch(2)]))
     with pytest.raises(NonFiniteLossError, match="not finite at step 2"):

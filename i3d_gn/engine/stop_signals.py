@@ -1,0 +1,62 @@
+"""Stopping a run from outside: finish the step, save a checkpoint, exit.
+
+Schedulers announce preemption with SIGTERM, SIGUSR1 or SIGHUP, and people press Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from i3d_gn.engine.command import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StopSignals:
+    """While entered, signals stop the run in an orderly way.
+
+    Inside `deferred()` the first signal only sets `received`. Everywhere else, and from the second
+    signal on, a signal raises `Stopped` (Ctrl-C: `KeyboardInterrupt`) at once. Signals that were
+    ignored before (nohup) stay ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block finish before a signal stops the run."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None and self._deferred:
+            self.received = signal.Signals(number)
+            # Not through logging or print, whose locks this thread may be holding.
+            os.write(2, b"stopping after this step; send the signal again to stop at once\n")
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
