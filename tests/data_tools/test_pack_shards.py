@@ -128,7 +128,7 @@ def test_folder_can_be_moved_and_index_pickled(motion_set, packed, tmp_path):
     assert_same_clips(VideoIndex.load(motion_set.train_index), index)
     first = sorted(moved.glob("shard-*.tar"))[0]
     first.write_bytes(first.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"shard-00000.tar has 5000 bytes, the index needs"):
+    with pytest.raises(ValueError, match=r"shard-00000.tar has 5000 bytes, but the index expects"):
         VideoIndex.load(moved / "index.parquet")
 
 
@@ -148,7 +148,9 @@ def test_shards_on_a_web_server(motion_set, served, http_server, num_workers):
     assert other.root == f"{http_server.url}/k"
     batches = [[Sample(i, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
     loaders = (
-        batch_loader(random_clips(index), batches, num_workers=num_workers, pin_memory=False)
+        batch_loader(
+            random_clips(index), batches, num_workers=num_workers, device=ONE_PROCESS.device
+        )
         for index in (loose, other)
     )
     for a, b in zip(*loaders, strict=True):
