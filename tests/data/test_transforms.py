@@ -130,7 +130,7 @@ def test_three_crops_lie_along_the_long_side(height, width, crop_size):
     ("options", "message"),
     [
         ({"mode": "five"}, "full, three_crop, center"),
-        ({"mode": "full", "crop_size": 224}, "leave crop_size"),
+        ({"mode": "full", "crop_size": 224}, "remove crop_size"),
         ({"mode": "center", "crop_size": 300}, "crop_size is 300"),
         ({"mode": "full", "short_side": 0}, "short_side is 0"),
     ],
