@@ -1,10 +1,12 @@
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from i3d_gn import cli
 from i3d_gn.engine.optim import learning_rate
 from i3d_gn.engine.typed_config import ConfigError, config_hash, differences, to_dict, to_yaml
 from i3d_gn.video import build
@@ -28,7 +30,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", VIDEO, ids=lambda path: path.stem)
-def test_every_shipped_config_builds_on_meta(path):
+def test_config_builds_on_meta(path):
     config = load_config(path)
     with torch.device("meta"):
         model = build.build_model(config, torch.device("meta"))
@@ -37,7 +39,7 @@ def test_every_shipped_config_builds_on_meta(path):
         assert model(torch.empty(shape)).shape == (1, config.model.num_classes)
 
 
-def test_a_test_too_small_for_the_training_crop_is_found_before_training():
+def test_short_side_smaller_than_the_training_crop_is_an_error_at_build():
     config = load_config(TABLE_8[0], ["test.short_side=112"])
     with (
         torch.device("meta"),
@@ -46,21 +48,43 @@ def test_a_test_too_small_for_the_training_crop_is_found_before_training():
         build.build_model(config, torch.device("meta"))
 
 
+def header_of(path):
+    lines = path.read_text().splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_every_shipped_config_is_headed_by_source_command_and_expectation(path):
-    header = "\n".join(
-        itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    )
+def test_config_header_has_command_expectation_and_cost(path):
+    header = header_of(path)
     for word in ("command:", "expected:", "cost:"):
         assert word in header
-    assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in header
+    commands = re.findall(r"(?:i3d-gn|-m i3d_gn) (\S+) (\S+)", header)
+    assert {command for command, _ in commands} <= set(cli.COMMANDS)
+    config = f"configs/{path.relative_to(REPOSITORY / 'configs')}"
+    assert config in {argument for _, argument in commands}
+    assert "python -m" not in header
 
 
-def test_the_six_table_8_configs_differ_only_where_the_table_does():
-    assert len(TABLE_8) == 6
+def test_table_8_configs_quote_the_papers_accuracies():
+    reproduce = (REPOSITORY / "docs" / "reproduce.md").read_text()
+    paper = {
+        "bn_32x2_8clips": "73.3 / 90.7",
+        "bn_32x2_4clips": "72.1 / 90.0",
+        "bn_64x1_4clips": "73.3 / 90.8",
+        "gn_32x2_8clips": "73.0 / 90.6",
+        "gn_32x2_4clips": "72.8 / 90.6",
+        "gn_64x1_4clips": "74.5 / 91.7",
+    }
+    assert [path.stem for path in TABLE_8] == sorted(paper)
+    for path in TABLE_8:
+        assert f"expected: {paper[path.stem]} % (top-1 / top-5" in header_of(path)
+        assert f"| `{path.name}` | {paper[path.stem]} |" in reproduce
+
+
+def test_table_8_configs_differ_only_where_the_table_does():
     configs = {path.stem: load_config(path) for path in TABLE_8}
     in_table = {"model.norm", "clip.num_frames", "clip.stride", "train.clips_per_gpu"}
-    # What follows from clips per GPU on 8 GPUs by the linear scaling rule, and names of files.
+    # These follow from the clips per GPU on 8 GPUs by the linear scaling rule, or from the norm.
     follows = {
         "train.global_batch_size", "train.steps", "train.milestones", "train.validate_every",
         "model.weights",
@@ -75,8 +99,13 @@ def test_the_six_table_8_configs_differ_only_where_the_table_does():
     assert seen == {
         (norm, *clip) for norm in ("bn", "gn") for clip in ((32, 2, 8), (32, 2, 4), (64, 1, 4))
     }
-    for config in configs.values():
+    for name, config in configs.items():
         recipe = config.train
+        norm, frames, clips = re.fullmatch(r"(\w+)_(\d+x\d)_(\d)clips", name).groups()
+        assert config.output_dir == f"runs/kinetics400/{name}"
+        assert (norm, int(clips)) == (config.model.norm, recipe.clips_per_gpu)
+        assert frames == f"{config.clip.num_frames}x{config.clip.stride}"
+        assert config.model.weights == f"weights/resnet50_{norm}.pth"
         assert recipe.steps * recipe.global_batch_size == 400_000 * 64
         assert recipe.global_batch_size == 8 * recipe.clips_per_gpu
         assert [m / recipe.steps for m in recipe.milestones] == [150 / 400, 300 / 400]
@@ -86,21 +115,21 @@ def test_numbers_in_scientific_notation_are_floats(tmp_path):
     assert load_config(write(tmp_path, MINIMAL)).train.lr == 1e-4
 
 
-def test_overrides_win_and_the_resolved_config_reads_back(tmp_path):
+def test_overrides_win_and_resolved_config_round_trips(tmp_path):
     path = write(tmp_path, MINIMAL)
     config = load_config(path, ["train.lr=0.5", "train.milestones=[3,6]", "model.norm=bn"])
     assert (config.train.lr, config.train.milestones, config.model.norm) == (0.5, (3, 6), "bn")
     assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
-def test_hash_changes_with_what_changes_results_alone(tmp_path):
+def test_hash_ignores_keys_that_do_not_change_results(tmp_path):
     path = write(tmp_path, MINIMAL)
     base = config_hash(load_config(path))
     assert base == config_hash(load_config(path, ["data.num_workers=7", "output_dir=elsewhere"]))
     assert base != config_hash(load_config(path, ["seed=1"]))
 
 
-def test_table_8_runs_at_the_learning_rates_of_the_linear_rule():
+def test_table_8_learning_rates_follow_the_linear_scaling_rule():
     expected = {8: [0.01, 0.001, 0.0001], 4: [0.005, 0.0005, 0.00005]}
     for path in TABLE_8:
         recipe = load_config(path).train
@@ -109,8 +138,18 @@ def test_table_8_runs_at_the_learning_rates_of_the_linear_rule():
         assert rates == pytest.approx(expected[recipe.clips_per_gpu])
         assert (recipe.weight_decay, recipe.norm_weight_decay) == (1e-4, 0)
         assert (recipe.momentum, recipe.nesterov) == (0.9, True)
-        assert recipe.precise_bn_iterations == 200
-        assert load_config(path).model.dropout == 0.5
+
+
+def test_table_8_augmentation_and_testing_are_those_of_nonlocal_net():
+    for path in TABLE_8:
+        config = load_config(path)
+        clip, test = config.clip, config.test
+        assert (config.model.num_classes, config.model.dropout) == (400, 0.5)
+        assert config.train.precise_bn_iterations == 200
+        assert (clip.short_side_min, clip.short_side_max, clip.crop_size) == (256, 320, 224)
+        assert clip.flip_probability == 0.5
+        assert (test.num_clips, test.spacing, test.average) == (10, "nonlocal", "softmax")
+        assert (test.spatial, test.short_side) == ("full", 256)
 
 
 @pytest.mark.parametrize(
@@ -153,13 +192,13 @@ def test_table_8_runs_at_the_learning_rates_of_the_linear_rule():
         ),
     ],
 )
-def test_a_wrong_config_is_one_clear_line(tmp_path, text, message):
+def test_invalid_config_is_a_one_line_error(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
+def test_global_batch_not_a_multiple_of_clips_per_gpu_is_an_error(tmp_path):
     path = write(tmp_path, MINIMAL)
     with pytest.raises(ConfigError, match="global_batch_size 64 is not a multiple of .* 7"):
         load_config(path, ["train.clips_per_gpu=7"])
@@ -190,24 +229,24 @@ def test_a_batch_that_does_not_divide_is_an_error(tmp_path):
         ("data.mean=[0.5]", r"data.mean is \[0.5\]; expected three numbers"),
     ],
 )
-def test_a_wrong_override_is_one_clear_line(tmp_path, override, message):
+def test_invalid_override_is_a_one_line_error(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(tmp_path, MINIMAL), [override])
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_binary_config_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="config.yaml: not YAML: .*utf-8"):
         load_config(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_config_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ConfigError, match=r"config file not found: .*nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_yaml_text_is_plain(tmp_path):
+def test_to_yaml_writes_plain_yaml(tmp_path):
     text = to_yaml(load_config(write(tmp_path, MINIMAL)))
     assert yaml.safe_load(text)["train"]["steps"] == 10
