@@ -35,19 +35,26 @@ class InflationReport:
         unused: Names in the source of tensors that were not used, such as the 2-D classifier's.
         info: What is known of the weights. Normalize clips by its `mean` and `std` (None if
             unknown).
+        entry: Which of several state dicts was loaded, see `i3d_gn.weights.read.Weights`.
+        other_entries: The others.
     """
 
     loaded: tuple[str, ...]
     left_at_init: tuple[str, ...]
     unused: tuple[str, ...]
     info: WeightsInfo
+    entry: str = ""
+    other_entries: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done = "inflated" if self.info.spatial_dims == 2 else "loaded"
+        others = ", ".join(self.other_entries)
+        origin = f" of {self.entry} (not of {others})" if others else ""
         return (
-            f"{done} {len(self.loaded)} tensors; {len(self.left_at_init)} left at their initial "
-            f"values ({first_names(self.left_at_init)}); {len(self.unused)} of the source unused "
-            f"({first_names(self.unused)})"
+            f"{done} {len(self.loaded)} tensors{origin}; "
+            f"{len(self.left_at_init)} left at their initial values "
+            f"({first_names(self.left_at_init)}); "
+            f"{len(self.unused)} of the source unused ({first_names(self.unused)})"
         )
 
 
@@ -194,8 +201,10 @@ def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool)
     return InflationReport(
         loaded=tuple(values),
         left_at_init=tuple(key for key in model.state_dict() if key not in values),
-        unused=tuple(names.get(key, key) for key in rest),
+        unused=(*(names.get(key, key) for key in rest), *weights.unused),
         info=weights.info,
+        entry=weights.entry,
+        other_entries=weights.other_entries,
     )
 
 

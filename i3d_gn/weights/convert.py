@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from i3d_gn.engine.command import start_logging
 from i3d_gn.weights.info import STEM_NAMES
+from i3d_gn.weights.tensor_names import first_names
 
 if TYPE_CHECKING:
     from i3d_gn.weights.read import Weights
@@ -35,14 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     # They import torch, without which --help takes a tenth of the time.
     from i3d_gn.weights.read import read_weights, write_weights  # noqa: PLC0415
 
-    weights = _complete(read_weights(args.source), args)
+    weights = _complete(read_weights(args.source, entry=args.entry), args)
     write_weights(args.dest, weights, naming=args.naming)
     facts = ", ".join(
         f"{key} {value}"
         for key, value in dataclasses.asdict(weights.info).items()
         if value is not None
     )
-    print(f"{args.dest}: {len(weights.tensors)} tensors with {args.naming} names; {facts}")
+    origin = ""
+    if weights.other_entries:
+        origin = f" of {weights.entry} (--entry selects {' or '.join(weights.other_entries)})"
+    if weights.unused:
+        print(f"not converted: {first_names(weights.unused)}")
+    print(f"{args.dest}: {len(weights.tensors)} tensors{origin} with {args.naming} names; {facts}")
     return 0
 
 
@@ -54,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "source", help="weight file, or a published name such as ResNet50_Weights.IMAGENET1K_V2"
     )
     parser.add_argument("dest", type=Path, help="safetensors file to write")
+    parser.add_argument(
+        "--entry",
+        metavar="NAME",
+        help="which state dict of SOURCE to convert if it has several, such as state_dict "
+        "(default: averaged weights, state_dict_ema or model_ema, else the usual names)",
+    )
     parser.add_argument(
         "--naming",
         choices=("i3d_gn", "torchvision", "pytorchvideo"),

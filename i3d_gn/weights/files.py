@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,9 +14,8 @@ from torch import Tensor
 from i3d_gn.files import atomic_output
 from i3d_gn.weights.caffe2_pickle import read_caffe2_pickle
 from i3d_gn.weights.info import WeightsInfo
+from i3d_gn.weights.torch_file import LEGACY_MAGIC, read_torch_file
 
-# Files of torch.save before 1.6 are not zip archives; they begin with this pickled number.
-_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _METADATA_KEY = "i3d_gn"
 
 
@@ -35,6 +31,8 @@ def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | N
         ValueError: The file does not exist, or cannot be read in any of the three formats.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"weights {path}: not a regular file; give the path of a weight file")
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -49,13 +47,10 @@ def read_weight_file(path: str | os.PathLike[str]) -> tuple[Any, WeightsInfo | N
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    is_pickle = head[:1] == b"\x80" and not head.startswith(_TORCH_LEGACY)
+    is_pickle = head[:1] == b"\x80" and not head.startswith(LEGACY_MAGIC)
     if is_pickle or path.suffix == ".pkl":
         return read_caffe2_pickle(path), None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"weights {path} cannot be read {_torch_reason(error)}") from error
+    return read_torch_file(path), None
 
 
 def write_safetensors(
@@ -103,19 +98,3 @@ def _info_from_json(text: str, path: Path) -> WeightsInfo:
             f"weights {path}: the metadata {_METADATA_KEY!r} was not written by this version of "
             f"`i3d-gn convert` ({error}); convert the original again"
         ) from error
-
-
-def _torch_reason(error: Exception) -> str:
-    """Why `torch.load` failed, without its advice to run code from the file."""
-    text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", text):
-        return (
-            f"(it calls {refused[1]}, which is refused: weights are tensors in plain containers); "
-            "save model.state_dict() only"
-        )
-    has_advice = "weights_only" in text or text.startswith("Weights only load failed")
-    reason = "" if has_advice else (text.splitlines() or [""])[0]
-    return (
-        f"({reason or 'damaged, or of another format'}); expected a state dict saved by torch.save "
-        "or safetensors, or a Caffe2 pickle (.pkl)"
-    )

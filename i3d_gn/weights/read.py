@@ -1,6 +1,7 @@
 """Read weights of any codebase into our tensor names, with what is known of the network."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,6 +14,7 @@ from torch import Tensor
 from i3d_gn.weights.download import download_weights, is_published_name, is_torchvision_name
 from i3d_gn.weights.files import read_weight_file, write_safetensors
 from i3d_gn.weights.info import WeightsInfo
+from i3d_gn.weights.state_dicts import Entry, find_entry
 from i3d_gn.weights.tensor_names import (
     Naming,
     first_names,
@@ -29,6 +31,8 @@ _KINETICS_MEAN, _KINETICS_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 # PIXEL_MEANS in Detectron's config.py, as RGB.
 _DETECTRON_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
 _BN_EPS = 1e-5
+# Layers of contrastive learning in place of the classifier (MoCo v2, SimSiam).
+_PROJECTION_HEAD = re.compile(r"fc\.\d+\.\w+")
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,36 @@ class Weights:
         tensors: By the names of this package.
         info: What is known of the network.
         source_names: Name in this package -> name in the source, for messages.
+        unused: Names in the source of tensors that do not belong to the network.
+        entry: Where the network is in the source, such as `state_dict.module`; empty if the source
+            is a state dict of it.
+        other_entries: Other networks in the source, such as an average of the weights.
     """
 
     tensors: dict[str, Tensor]
     info: WeightsInfo
     source_names: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    entry: str = ""
+    other_entries: tuple[str, ...] = ()
 
 
-def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
+def read_weights(
+    source: str | PathLike[str] | Mapping[str, Any], *, entry: str | None = None
+) -> Weights:
     """Read weights in any of the namings that docs/weights.md lists.
 
     Args:
         source: A file (safetensors, torch.save, Caffe2 pickle, checkpoint of this package), a state
             dict, or a published name, whose file is downloaded once: a torchvision enum
             (`ResNet50_Weights.IMAGENET1K_V2`), `pytorchvideo/i3d_r50` or `pytorchvideo/c2d_r50`.
+            The state dict may be nested in dictionaries and in modules (`module.`, `backbone.`).
+        entry: Which state dict to read if there are several, such as `state_dict`. By default an
+            exponential moving average (`state_dict_ema`, `model_ema`) is preferred.
 
     Raises:
-        ValueError: The file cannot be read, or its tensors are not those of a known network.
+        ValueError: The file cannot be read, its tensors are not those of a known network or not
+            finite, or it is not clear which ones are meant.
     """
     origin = "the given state dict" if isinstance(source, Mapping) else str(source)
     info: WeightsInfo | None = None
@@ -64,30 +81,27 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Any]) -> Weights:
     else:
         path = download_weights(origin) if is_published_name(origin) else source
         content, info = read_weight_file(path)
-    tensors = _tensors_of(content, origin)
+    found, others = find_entry(content, entry, origin)
+    tensors, unused = _tensors_of(found)
     naming = naming_of(tensors)
-    if naming is None:
-        raise ValueError(
-            f"weights {origin}: unknown network with tensors {first_names(sorted(tensors))}; "
-            "supported are ResNet-50/101 and VGG-16 of torchvision, timm, GroupNorm-reproduce, "
-            "Detectron (GN), video-nonlocal-net, PySlowFast, pytorchvideo, mmaction2 and i3d_gn"
-        )
+    assert naming is not None
     source_names = _source_names(tensors, naming, origin)
+    unused += [found.prefix + name for name in tensors if name not in source_names.values()]
     renamed = {own: tensors[theirs] for own, theirs in source_names.items()}
+    _check_tensors({source_names[own]: tensor for own, tensor in renamed.items()}, origin)
     if "head.linear.weight" in renamed:  # a 1x1x1 convolution in fully convolutional testing
         renamed["head.linear.weight"] = renamed["head.linear.weight"].flatten(1)
-    if info is not None:
-        return Weights(renamed, info, source_names)
-    if isinstance(content, Mapping) and {"config", "input", "model"} <= content.keys():
-        return Weights(renamed, _info_of_checkpoint(content, renamed), source_names)
-    if naming == "caffe2_bn":
-        renamed = _complete_affine(renamed)
-    info = _info_by_naming(naming, renamed)
-    if naming == "caffe2_gn":
-        renamed["conv1.weight"] = _fold_input(renamed["conv1.weight"], info)
-    if is_torchvision_name(origin):
-        info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD, stride_in="3x3")
-    return Weights(renamed, info, source_names)
+    if info is None and {"config", "input", "model"} <= content.keys():
+        info = _info_of_checkpoint(content, renamed, origin)
+    if info is None:
+        if naming == "caffe2_bn":
+            renamed = _complete_affine(renamed)
+        info = _info_by_naming(naming, renamed)
+        if naming == "caffe2_gn":
+            renamed["conv1.weight"] = _fold_input(renamed["conv1.weight"], info)
+        if is_torchvision_name(origin):
+            info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD, stride_in="3x3")
+    return Weights(renamed, info, source_names, tuple(unused), found.name, others)
 
 
 def write_weights(path: str | PathLike[str], weights: Weights, *, naming: Naming) -> None:
@@ -133,33 +147,53 @@ def export_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Ten
     return {str(renamed[name]): tensor for name, tensor in tensors.items()}
 
 
-def _tensors_of(content: Any, origin: str) -> dict[str, Tensor]:
-    """The state dict within `content`. Caffe2's arrays become tensors, its momentum is dropped."""
-    for wrapper in ("state_dict", "model_state", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if isinstance(content, Mapping) and any(isinstance(v, np.ndarray) for v in content.values()):
-        content = {
-            name: torch.from_numpy(np.array(value))
-            for name, value in content.items()
-            if isinstance(value, np.ndarray) and value.ndim and not name.endswith("_momentum")
-        }
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise ValueError(
-            f"weights {origin}: not a state dict (names -> tensors); save model.state_dict()"
-        )
-    return {key.removeprefix("module."): value for key, value in content.items()}
+def _tensors_of(entry: Entry) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors with the entry's prefix, by name without it, and names of the other tensors."""
+    tensors, unused = {}, []
+    for name, value in entry.content.items():
+        if isinstance(value, np.ndarray):
+            if value.ndim == 0 or name.endswith("_momentum"):
+                continue  # state of Caffe2's solver
+            tensor = torch.from_numpy(np.array(value))
+        elif isinstance(value, Tensor):
+            tensor = value
+        else:
+            continue
+        if isinstance(name, str) and name.startswith(entry.prefix):
+            tensors[name.removeprefix(entry.prefix)] = tensor
+        else:
+            unused.append(str(name))
+    return tensors, unused
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], origin: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"weights {origin}: {name} is sparse or quantized; not supported")
+        # A small file can describe huge tensors, all of whose elements are the same.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"weights {origin}: {name} of shape {tuple(tensor.shape)} is larger than its data; "
+                "save a contiguous tensor"
+            )
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        is_finite = torch.isfinite(tensor.float())
+        if not is_finite.all():
+            raise ValueError(
+                f"weights {origin}: {name} is NaN or infinite in {int((~is_finite).sum())} of "
+                f"{tensor.numel()} values; the file is damaged, or the training that wrote it "
+                "diverged"
+            )
 
 
 def _source_names(tensors: Mapping[str, Tensor], naming: Naming, origin: str) -> dict[str, str]:
-    """Name in this package -> name in the source, for every tensor."""
+    """Name in this package -> name in the source, for every tensor but those of projections."""
     if "features.0.weight" in tensors or "conv1_1.conv.weight" in tensors:
         return _vgg_source_names(tensors, origin)
-    renamed = {name: own_name(name, naming) for name in tensors}
+    renamed = {
+        name: own_name(name, naming) for name in tensors if not _PROJECTION_HEAD.fullmatch(name)
+    }
     unknown = [name for name, own in renamed.items() if own is None]
     if unknown:
         raise ValueError(
@@ -168,8 +202,8 @@ def _source_names(tensors: Mapping[str, Tensor], naming: Naming, origin: str) ->
             "Caffe's BGR batch norm models are not supported)"
         )
     source_names = {str(own): name for name, own in renamed.items()}
-    if len(source_names) < len(tensors):
-        twice = [name for name in tensors if list(renamed.values()).count(renamed[name]) > 1]
+    if len(source_names) < len(renamed):
+        twice = [name for name in renamed if list(renamed.values()).count(renamed[name]) > 1]
         raise ValueError(
             f"weights {origin}: {first_names(twice)} are two names of one tensor; remove one"
         )
@@ -232,8 +266,20 @@ def _info_by_naming(naming: Naming, tensors: Mapping[str, Tensor]) -> WeightsInf
     )
 
 
-def _info_of_checkpoint(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightsInfo:
+def _info_of_checkpoint(
+    content: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: str
+) -> WeightsInfo:
     """From the config in a checkpoint of this package, of a video or an image run."""
+    try:
+        return _info_of_config(content, tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"weights {origin}: its config was not written by this version of i3d_gn "
+            f"({type(error).__name__}: {error}); save the state dict under 'model' by itself"
+        ) from error
+
+
+def _info_of_config(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightsInfo:
     model = content["config"]["model"]
     norm = model["norm"]
     is_gn = norm == "gn"

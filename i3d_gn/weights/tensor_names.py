@@ -6,7 +6,7 @@ for VGG-16 `conv1_1.{conv,norm}` to `conv5_3`, `fc6`, `fc7`, `fc8`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 Naming = Literal[
@@ -83,21 +83,23 @@ _CAFFE2_BLOCK = re.compile(r"res([2-5])_(\d+)_branch(2[abc]|1)_(?:(w)|(?:bn|gn)_
 _CAFFE2_HEAD = re.compile(r"pred_([wb])")
 
 
-def naming_of(names: Iterable[str]) -> Naming | None:
+# A tensor by which a naming is recognized.
+NAMING_SIGNS: tuple[tuple[Naming, str], ...] = (
+    ("caffe2_gn", "conv1_gn_s"),
+    ("caffe2_bn", "res_conv1_bn_s"),
+    ("pytorchvideo", "blocks.0.conv.weight"),
+    ("pyslowfast", "s1.pathway0_stem.conv.weight"),
+    ("mmaction2", "backbone.conv1.conv.weight"),
+    ("torchvision", "layer1.0.conv3.weight"),  # ResNet-18 and 34 have no conv3
+    ("torchvision", "features.0.weight"),
+    ("i3d_gn", "res2.0.conv1.weight"),
+    ("i3d_gn", "conv1_1.conv.weight"),
+)
+
+
+def naming_of(names: Collection[str]) -> Naming | None:
     """The naming that these tensor names follow, None if unknown."""
-    names = set(names)
-    signs: tuple[tuple[Naming, str], ...] = (
-        ("caffe2_gn", "conv1_gn_s"),
-        ("caffe2_bn", "res_conv1_bn_s"),
-        ("pytorchvideo", "blocks.0.conv.weight"),
-        ("pyslowfast", "s1.pathway0_stem.conv.weight"),
-        ("mmaction2", "backbone.conv1.conv.weight"),
-        ("torchvision", "layer1.0.conv3.weight"),  # ResNet-18 and 34 have no conv3
-        ("torchvision", "features.0.weight"),
-        ("i3d_gn", "res2.0.conv1.weight"),
-        ("i3d_gn", "conv1_1.conv.weight"),
-    )
-    return next((naming for naming, sign in signs if sign in names), None)
+    return next((naming for naming, sign in NAMING_SIGNS if sign in names), None)
 
 
 def own_name(name: str, naming: Naming) -> str | None:

@@ -9,6 +9,7 @@ from i3d_gn.models.inflate import NormMismatchError, inflate_kernel, load_imagen
 from i3d_gn.norm import GroupNorm
 from i3d_gn.weights.files import write_safetensors
 from i3d_gn.weights.info import WeightsInfo
+from i3d_gn.weights.read import read_weights
 
 SHALLOW = (1, 1, 1, 1)
 
@@ -179,6 +180,19 @@ def test_report_covers_every_key(bn_source):
     for key in report.left_at_init:
         assert torch.equal(before[key], after[key]), key
     assert "fc.weight" in str(report)
+
+
+def test_report_names_the_averaged_weights(bn_source):
+    zeros = {key: torch.zeros_like(value) for key, value in bn_source.items()}
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in bn_source.items()}}
+    model = I3D(SHALLOW, norm="bn")
+    report = load_imagenet_weights(model, {"model": zeros, "model_ema": averaged})
+    assert torch.equal(model.norm1.weight, bn_source["bn1.weight"])
+    assert f"{len(report.loaded)} tensors of model_ema.module (not of model); 2" in str(report)
+    assert report.unused == ("fc.weight", "fc.bias", "n_averaged")
+    weights = read_weights({"model": zeros, "model_ema": averaged}, entry="model")
+    load_imagenet_weights(model, weights)
+    assert not model.norm1.weight.any()
 
 
 def test_half_precision_file_with_prefix(tmp_path, bn_source):
