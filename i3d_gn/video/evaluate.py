@@ -19,12 +19,13 @@ from i3d_gn.engine.checkpoint import (
     load_checkpoint,
     load_model_state,
 )
+from i3d_gn.engine.classification import saved_normalization
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, differences, to_dict
 from i3d_gn.files import file_sha256, write_json
 from i3d_gn.models import I3D
 from i3d_gn.video import build
-from i3d_gn.video.config import Config, ModelConfig
+from i3d_gn.video.config import ClipConfig, Config, ModelConfig
 from i3d_gn.video.multi_clip import VideoScorer, score_videos
 from i3d_gn.video.scores import TestOutcome
 from i3d_gn.video_io.index import VideoIndex
@@ -58,8 +59,9 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
     model = build.build_model(config, process.device)
     load_model_state(model, saved["model"], path=checkpoint)
     index = build.load_index(config.data.val_index, config)
+    _warn_of_other_clips(saved["config"], config, checkpoint)
     _check_same_classes(saved.get("class_names", index.class_names), index, checkpoint)
-    mean, std = tuple(saved["input"]["mean"]), tuple(saved["input"]["std"])
+    mean, std = saved_normalization(saved)
 
     hashes = {
         "config_sha256": config_hash(config),
@@ -74,6 +76,7 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
     outcome = evaluate_model(model, index, config, to_device, process, folder=folder, tag=tag)
     if outcome is None:
         return None
+    trained = {key: saved["config"].get(key) for key in ("seed", "model", "train")}
     results = {
         **outcome.summary(),
         "skipped": outcome.skipped,
@@ -83,7 +86,8 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         "step": saved["step"],
         **hashes,
         "checkpoint": str(checkpoint),
-        "config": to_dict(config),
+        "config": {**to_dict(config), **trained},  # of the network, and of the test
+        "precision": config.train.precision,
         "timing": outcome.timing,
     }
     write_json(folder / "results.json", results)
@@ -121,6 +125,8 @@ def evaluate_model(
 
 
 def _check_same_model(trained: dict[str, Any], config: Config, checkpoint: Path) -> None:
+    if not isinstance(trained.get("model"), dict):
+        raise CheckpointError(f"{checkpoint} is not of a video network: its config has no model")
     theirs, ours = (
         {key: value for key, value in c["model"].items() if key not in _TRAINING_ONLY}
         for c in (trained, to_dict(config))
@@ -129,6 +135,16 @@ def _check_same_model(trained: dict[str, Any], config: Config, checkpoint: Path)
         raise CheckpointError(
             f"{checkpoint} was trained with another model than this config's: "
             f"{'; '.join(f'model.{line}' for line in changed)}"
+        )
+
+
+def _warn_of_other_clips(trained: dict[str, Any], config: Config, checkpoint: Path) -> None:
+    changed = differences(trained.get("clip") or {}, to_dict(config.clip), ClipConfig)
+    if changed:
+        logger.warning(
+            "%s was trained with other clips: %s",
+            checkpoint,
+            "; ".join(f"clip.{line}" for line in changed),
         )
 
 

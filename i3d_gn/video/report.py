@@ -5,6 +5,7 @@ and, for up to 30 classes, the confusion matrix of the first run's multi-clip te
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from matplotlib.figure import Figure
 from i3d_gn.engine.figures import save_figure
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.engine.run_log import read_log
-from i3d_gn.video.config import Config, load_config
+from i3d_gn.engine.typed_config import differences, to_dict
+from i3d_gn.video.config import ClipConfig, Config, TestConfig, load_config
 
 MAX_CLASSES_IN_FIGURE = 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,58 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
-    tests = sorted(folder.glob("test_*/results.json"), key=lambda path: path.stat().st_mtime)
+    config = load_config(folder / "config.yaml")
     results, confusion, class_names = None, None, []
-    if tests:
-        results = json.loads(tests[-1].read_text(encoding="utf-8"))
-        scores = pq.read_table(tests[-1].with_name("scores.parquet"))
+    found = find_test(folder, config)
+    if found is not None:
+        path, results = found
+        scores = pq.read_table(path.with_name("scores.parquet"))
         class_names = json.loads((scores.schema.metadata or {})[b"class_names"])
         confusion = _confusion(
             np.array(scores["scores"].to_pylist()), scores["label"].to_numpy(), len(class_names)
         )
     return Run(
         name=folder.name,
-        config=load_config(folder / "config.yaml"),
+        config=config,
         log=read_log(folder / "log.jsonl"),
         results=results,
         confusion=confusion,
         class_names=class_names,
     )
+
+
+def find_test(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """The test of a run's newest tested checkpoint, with the settings and videos of its config.
+
+    Tests with other settings, clips or videos are not comparable with other runs; they are ignored,
+    and named in a warning.
+
+    Returns:
+        Path and contents of its `results.json`, or None.
+    """
+    found, ignored = [], []
+    for path in sorted(folder.glob("test_*/results.json")):
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            tested = results["config"]
+            differing = (
+                differences(tested["test"], to_dict(config.test), TestConfig)
+                + differences(tested["clip"], to_dict(config.clip), ClipConfig)
+                + [key for key in ("val_index",) if tested["data"][key] != config.data.val_index]
+            )
+            step = int(results["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            differing, step, results = ["damaged"], -1, {}
+        if differing:
+            ignored.append(f"{path.parent.name} ({'; '.join(differing)})")
+        else:
+            found.append((step, path, results))
+    if ignored:
+        logger.warning("%s: ignored tests of another kind: %s", folder, ", ".join(ignored))
+    if not found:
+        return None
+    _, path, results = max(found, key=lambda test: test[:2])
+    return path, results
 
 
 def table(runs: list[Run]) -> str:
@@ -87,13 +126,20 @@ def table(runs: list[Run]) -> str:
                 str(steps[-1]) if steps else "0",
                 f"{losses[-1]:.3f}" if losses else "not run",
                 f"{accuracies[-1]:.1f}" if accuracies else "not run",
-                f"{results['top1']:.1f} ({results['num_clips']} clips)" if results else "not run",
+                _multi_clip(results, steps[-1] if steps else 0),
                 f"{results['top5']:.1f}" if results else "not run",
                 str(results["num_videos"]) if results else "-",
                 str(results["num_skipped"]) if results else "-",
             ]
         )
     return markdown_table(rows)
+
+
+def _multi_clip(results: dict[str, Any] | None, last_step: int) -> str:
+    if results is None:
+        return "not run"
+    at = "" if results["step"] == last_step else f", step {results['step']}"
+    return f"{results['top1']:.1f} ({results['num_clips']} clips{at})"
 
 
 def plot(runs: list[Run], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every config key reaches the object that it describes."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -36,10 +37,13 @@ def folders(tmp_path_factory):
 def make_loop(folders, tmp_path):
     """Makes the training loop of a small run; arguments are overrides."""
 
+    folders_used = itertools.count()
+
     def make(*overrides):
+        output_dir = tmp_path / f"run{next(folders_used)}"
         path = tmp_path / "small.yaml"
         path.write_text(f"""
-output_dir: {tmp_path / "run"}
+output_dir: {output_dir}
 model: {{name: resnet_tiny, num_classes: 2, norm: bn}}
 data: {{train_folder: {folders}/train, val_folder: {folders}/val, num_workers: 0, crop_size: 32,
         val_short_side: 36}}
@@ -48,7 +52,7 @@ train: {{epochs: 3, images_per_gpu: 2, num_gpus: 4, lr_batch_size: 8, milestones
         config = load_imagenet_config(path, overrides)
         task = ImageTraining(config, CPU)
         return TrainingLoop(
-            task, task.recipe, config=config, seed=config.seed, output_dir=tmp_path / "run"
+            task, task.recipe, config=config, seed=config.seed, output_dir=output_dir
         )
 
     return make
@@ -163,6 +167,9 @@ KEYS = {
     "train.log_every": (["train.log_every=7"], lambda b: b.recipe.log_every, 7),
     "train.checkpoint_every_epochs": (
         ["train.checkpoint_every_epochs=2"], lambda b: b.recipe.checkpoint_every, 8
+    ),
+    "train.rank_timeout_minutes": (
+        ["train.rank_timeout_minutes=3"], lambda b: b.recipe.rank_timeout_minutes, 3.0
     ),
     "train.keep_checkpoints": (
         ["train.keep_checkpoints=5"], lambda b: b.recipe.keep_checkpoints, 5

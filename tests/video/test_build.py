@@ -145,6 +145,12 @@ KEYS = {
     "data.mean": (["data.mean=[0.1,0.2,0.3]"], lambda b: starting_input(b)[0], (0.1, 0.2, 0.3)),
     "data.std": (["data.std=[0.4,0.5,0.6]"], lambda b: starting_input(b)[1], (0.4, 0.5, 0.6)),
     "data.max_broken_clips": (["data.max_broken_clips=5"], lambda b: b.loop.task.max_broken, 5),
+    "data.max_broken_share": (
+        ["data.max_broken_share=0.5"], lambda b: b.loop.task.max_broken_share, 0.5
+    ),
+    "train.rank_timeout_minutes": (
+        ["train.rank_timeout_minutes=3"], lambda b: b.loop.recipe.rank_timeout_minutes, 3.0
+    ),
     "clip.num_frames": (
         ["clip.num_frames=4"], lambda b: (b.clips.num_frames, b.test_videos.num_frames), (4, 4)
     ),

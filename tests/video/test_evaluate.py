@@ -164,3 +164,12 @@ def test_indexes_with_different_class_ids_are_refused(small_run, motion_set, tmp
     write_index(other, records_of(index), class_names=index.class_names[::-1], root=index.root)
     with pytest.raises(ConfigError, match="have different class ids; .* --label-map"):
         train(small_run(f"data.val_index={other}"), PROCESS)
+
+
+def test_results_have_the_config_that_trained_the_checkpoint(small_run, caplog):
+    train(small_run("train.steps=2", "train.lr=0.01", "seed=3"), PROCESS)
+    results = evaluate(small_run("train.steps=5", "clip.stride=1"), None, PROCESS)
+    assert (results["config"]["train"]["steps"], results["config"]["train"]["lr"]) == (2, 0.01)
+    assert results["config"]["seed"] == 3
+    assert results["config"]["clip"]["stride"] == results["stride"] == 1
+    assert "was trained with other clips: clip.stride: 2 -> 1" in caplog.text

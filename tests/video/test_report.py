@@ -15,7 +15,7 @@ def run(small_run, one_process, tmp_path):
     return config, tmp_path / "run"
 
 
-def test_the_table_holds_what_the_run_wrote(run, one_process):
+def test_table_has_the_results_of_the_run(run, one_process):
     config, folder = run
     before = table([read_run(folder)])
     assert before.count("not run") == 2  # multi-clip top-1 and top-5
@@ -43,3 +43,28 @@ def test_confusion_rows_are_percentages_of_the_true_class(run, one_process):
     assert confusion is not None
     np.testing.assert_allclose(confusion.sum(1), 100)
     assert confusion.diagonal().mean() == pytest.approx(results["top1"])
+
+
+def test_only_tests_with_the_settings_of_the_run_count(run, one_process, small_run, caplog):
+    config, folder = run
+    results = evaluate(config, None, one_process)
+    evaluate(small_run("train.steps=4", "test.num_clips=2"), None, one_process)
+    evaluate(small_run("train.steps=4", "clip.stride=1"), None, one_process)
+    (damaged := folder / "test_damaged").mkdir()
+    (damaged / "results.json").write_text("{")
+    caplog.clear()
+    assert read_run(folder).results == results
+    assert "num_clips: 2 -> 3" in caplog.text
+    assert "stride: 1 -> 2" in caplog.text
+    assert "test_damaged (damaged)" in caplog.text
+
+
+def test_newest_tested_checkpoint_counts_and_its_step_is_named(run, one_process):
+    config, folder = run
+    old = folder / "checkpoints" / "step_00000002.pt"
+    new = evaluate(config, None, one_process)
+    evaluate(config, old, one_process)  # later, but of an older checkpoint
+    assert read_run(folder).results == new
+    for path in folder.glob("test_step_00000004*/results.json"):
+        path.unlink()
+    assert "(3 clips, step 2)" in table([read_run(folder)])

@@ -209,7 +209,8 @@ def test_log_is_on_disk_before_the_next_checkpoint(small_run, monkeypatch):
 
     monkeypatch.setattr("i3d_gn.engine.loop.save_checkpoint", saves)
     train(small_run(), PROCESS)
-    assert events == ["flush", 2, "flush", 4, "flush", 6]
+    assert [event for event in events if event != "flush"] == [2, 4, 6]
+    assert all(events[events.index(step) - 1] == "flush" for step in (2, 4, 6))
 
 
 def test_scores_of_a_stopped_validation_are_not_reused(small_run, tmp_path, monkeypatch):
@@ -225,7 +226,9 @@ def test_scores_of_a_stopped_validation_are_not_reused(small_run, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train(small_run(*options, "train.lr=0.5"), PROCESS)
     monkeypatch.undo()
+    # Start over in the same directory, with other weights; the scores are still there.
     (tmp_path / "run" / "log.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     train(small_run(*options), PROCESS)
     tables = [
         pq.read_table(tmp_path / name / "val_step_00000002" / "scores.parquet")
@@ -278,7 +281,9 @@ def test_broken_clips_are_counted_and_limited(small_run, tmp_path, monkeypatch, 
     assert sum(line["samples"] for line in lines) == 20
     assert "damaged" in caplog.text
     assert "move_up_000.mp4" in caplog.text
-    with pytest.raises(ValueError, match=r"[234] clips failed to decode, more than the 1 allowed;"):
+    with pytest.raises(
+        ValueError, match=r"[234] of \d+ clips failed to decode, more than the 1 or"
+    ):
         train(small_run("data.max_broken_clips=1", output_dir=tmp_path / "budget"), PROCESS)
 
 
