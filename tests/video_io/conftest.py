@@ -83,6 +83,40 @@ def _remux(
     return path
 
 
+def _join(
+    sources: list[Path],
+    path: Path,
+    *,
+    edit: Callable[[int, int, av.Packet], av.Packet] = lambda source, number, packet: packet,
+    rate: int = 25,
+) -> Path:
+    """Copy the packets of all sources into one stream with the header of the first.
+
+    `edit` gets the number of the source and of the packet in it, and returns the packet to write.
+    """
+    with av.open(str(sources[0])) as first, av.open(str(path), "w") as writer:
+        template = first.streams.video[0]
+        if template.codec_context.name == "vp9":
+            copy = writer.add_stream("libvpx-vp9", rate=rate)
+            copy.height, copy.width = template.height, template.width
+        else:
+            copy = writer.add_stream_from_template(template)
+        start = Fraction(0)
+        for number, source in enumerate(sources):
+            with av.open(str(source)) as reader:
+                packets = [p for p in reader.demux(video=0) if p.size]
+                time_base = packets[0].time_base
+                for position, original in enumerate(packets):
+                    packet = edit(number, position, original)
+                    packet.pts = original.pts + round(start / time_base)
+                    packet.dts = (original.dts or 0) + round(start / time_base)
+                    packet.time_base = time_base
+                    packet.stream = copy
+                    writer.mux(packet)
+            start += Fraction(len(packets), rate)
+    return path
+
+
 def _sequential(path: Path) -> np.ndarray:
     """All frames as RGB, decoded sequentially."""
     with av.open(str(path)) as container:
@@ -98,6 +132,11 @@ def encode_video() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def remux_video() -> Callable[..., Path]:
     return _remux
+
+
+@pytest.fixture(scope="session")
+def join_videos() -> Callable[..., Path]:
+    return _join
 
 
 @pytest.fixture(scope="session")
