@@ -86,9 +86,11 @@ def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) 
     if may_change is not None:
         changed = [line for line in changed if not may_change(line.partition(":")[0], before)]
     if changed:
+        how = getattr(config, "how_to_continue", lambda keys: "")
         raise ConfigError(
-            f"{output_dir} holds a run with another config ({'; '.join(changed)}); "
-            "use another output_dir, or delete that one to start over"
+            f"{output_dir} holds a run with another config ({'; '.join(changed)}); use another "
+            f"output_dir{how([line.partition(':')[0] for line in changed])}, or delete that one to "
+            "start over"
         )
 
 

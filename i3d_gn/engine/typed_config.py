@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 ConfigT = TypeVar("ConfigT")
 
 _MACHINE = "machine"
+_MAX_BYTES = 100_000
 
 
 class ConfigError(ValueError):
@@ -51,10 +52,14 @@ def load_typed(
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: over {_MAX_BYTES // 1000} kB, which no config is")
         text = path.read_text(encoding="utf-8")
         root, values = yaml.compose(text), OmegaConf.create(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a config: nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `key: value` lines at top level")
     lines: dict[str, int] = {}
@@ -224,14 +229,14 @@ def _check_key(key: str, where: str, schema: type) -> None:
     known = _known_keys(schema)
     if key in known:
         return
-    last_parts = {k.rpartition(".")[2]: k for k in known}
-    candidates = known - set(_sections(schema)) if "." in key else known
-    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
-    same_name = last_parts.get(key.rpartition(".")[2])
-    nearest = same_name or (near[0] if near else None)
-    if nearest:
-        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
-    section = key.rpartition(".")[0]
+    section, _, name = key.rpartition(".")
     beside = sorted(k for k in known if k.rpartition(".")[0] == section)
     keys = beside or sorted(k for k in known if "." not in k)
+    # A known name in another section, else similar names in this one, else in any.
+    near = [k for k in sorted(known) if k.rpartition(".")[2] == name]
+    for candidates in (keys, sorted(known - set(_sections(schema)))):
+        near = near or difflib.get_close_matches(key, candidates, n=2, cutoff=0.75)
+    if near:
+        options = " or ".join(repr(k) for k in near)
+        raise ConfigError(f"{where}: unknown key {key!r}; did you mean {options}?")
     raise ConfigError(f"{where}: unknown key {key!r}; valid keys are {', '.join(keys)}")

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 
 import numpy as np
 import torch
@@ -109,11 +110,11 @@ def load_starting_weights(
     return mean or info.mean or IMAGENET_MEAN, std or info.std or IMAGENET_STD
 
 
-def load_index(path: str, config: Config) -> VideoIndex:
+def load_index(path: str, config: Config, *, labeled: bool = True) -> VideoIndex:
     """Load an index and check that its labels fit the network.
 
     Raises:
-        ConfigError: It has another number of classes, or videos without a label.
+        ConfigError: It has another number of classes or, if `labeled`, videos without a label.
     """
     index = VideoIndex.load(path, root=config.data.root)
     if len(index.class_names) != config.model.num_classes:
@@ -122,11 +123,24 @@ def load_index(path: str, config: Config) -> VideoIndex:
             f"{config.model.num_classes}; set model.num_classes={len(index.class_names)}"
         )
     unlabeled = int((index.labels < 0).sum())
-    if unlabeled:
+    if unlabeled and labeled:
         raise ConfigError(
-            f"{path}: {unlabeled} videos have no label; training and testing need labeled videos"
+            f"{path}: {unlabeled} videos have no label, which training and validation need"
         )
     return index
+
+
+def warn_of_shared_videos(train_index: VideoIndex, val_index: VideoIndex) -> None:
+    """Warn if a file is in both indexes, which makes the validation too optimistic."""
+    train, val = (
+        {os.path.join(index.root, path) for path in index.paths}
+        for index in (train_index, val_index)
+    )
+    if shared := sorted(train & val):
+        logger.warning(
+            "%d videos are for training and for validation, which makes accuracy look too good: "
+            "%s ...", len(shared), ", ".join(shared[:3]),
+        )  # fmt: skip
 
 
 def describe_index(index: VideoIndex) -> str:

@@ -113,6 +113,10 @@ class Config:
             and self.train.steps > train.get("steps", self.train.steps)
         )
 
+    def how_to_continue(self, changed: Sequence[str]) -> str:
+        """What to do in addition to another output_dir, to train a network further."""
+        return " and model.weights=CHECKPOINT" if "train.steps" in changed else ""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, check all of it.

@@ -13,31 +13,25 @@ from typing import Any
 
 from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.to_device import ToDevice
-from i3d_gn.engine.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    load_model_state,
-)
-from i3d_gn.engine.classification import saved_normalization
+from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.typed_config import config_hash, differences, to_dict
+from i3d_gn.engine.typed_config import config_hash, to_dict
 from i3d_gn.files import file_sha256, write_json
 from i3d_gn.models import I3D
 from i3d_gn.video import build
-from i3d_gn.video.config import ClipConfig, Config, ModelConfig
+from i3d_gn.video.config import Config
 from i3d_gn.video.multi_clip import VideoScorer, score_videos
 from i3d_gn.video.scores import TestOutcome
+from i3d_gn.video.trained import load_trained
 from i3d_gn.video_io.index import VideoIndex
 
 logger = logging.getLogger(__name__)
 
-# Keys of `model` that testing does not depend on.
-_TRAINING_ONLY = ("weights", "weights_convolutions_only", "dropout", "checkpoint_stages")
-
 
 def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[str, Any] | None:
-    """Test a checkpoint (None: the newest under `output_dir`) with the settings of `config.test`.
+    """Test a checkpoint or weights (None: the newest checkpoint) as `config.test` says.
+
+    Videos without a label are scored, but do not count.
 
     Returns:
         The results on rank 0, None elsewhere.
@@ -54,14 +48,10 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
             raise CheckpointError(f"no checkpoint under {folder}; train first or pass --checkpoint")
-    saved = load_checkpoint(checkpoint)
-    _check_same_model(saved["config"], config, checkpoint)
-    model = build.build_model(config, process.device)
-    load_model_state(model, saved["model"], path=checkpoint)
-    index = build.load_index(config.data.val_index, config)
-    _warn_of_other_clips(saved["config"], config, checkpoint)
-    _check_same_classes(saved.get("class_names", index.class_names), index, checkpoint)
-    mean, std = saved_normalization(saved)
+    network = load_trained(checkpoint, config, process.device)
+    index = build.load_index(config.data.val_index, config, labeled=False)
+    if network.class_names is not None:
+        _check_same_classes(network.class_names, index, checkpoint)
 
     hashes = {
         "config_sha256": config_hash(config),
@@ -72,21 +62,23 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
     test = config.test
     name = f"test_{checkpoint.stem}_{test.num_clips}x{test.spatial}_{test.spacing}_{tag}"
     folder = Path(config.output_dir) / name
-    to_device = build.to_device(config, process, mean=mean, std=std)
-    outcome = evaluate_model(model, index, config, to_device, process, folder=folder, tag=tag)
+    to_device = build.to_device(config, process, mean=network.mean, std=network.std)
+    outcome = evaluate_model(
+        network.model, index, config, to_device, process, folder=folder, tag=tag
+    )
     if outcome is None:
         return None
-    trained = {key: saved["config"].get(key) for key in ("seed", "model", "train")}
+    trained = {key: (network.config or {}).get(key) for key in ("seed", "model", "train")}
     results = {
         **outcome.summary(),
         "skipped": outcome.skipped,
         **to_dict(config.test),
         "num_frames": config.clip.num_frames,
         "stride": config.clip.stride,
-        "step": saved["step"],
+        "step": network.step,
         **hashes,
         "checkpoint": str(checkpoint),
-        "config": {**to_dict(config), **trained},  # of the network, and of the test
+        "config": {**to_dict(config), **trained},  # of the test, and of what trained the network
         "precision": config.train.precision,
         "timing": outcome.timing,
     }
@@ -124,31 +116,7 @@ def evaluate_model(
     )
 
 
-def _check_same_model(trained: dict[str, Any], config: Config, checkpoint: Path) -> None:
-    if not isinstance(trained.get("model"), dict):
-        raise CheckpointError(f"{checkpoint} is not of a video network: its config has no model")
-    theirs, ours = (
-        {key: value for key, value in c["model"].items() if key not in _TRAINING_ONLY}
-        for c in (trained, to_dict(config))
-    )
-    if changed := differences(theirs, ours, ModelConfig):
-        raise CheckpointError(
-            f"{checkpoint} was trained with another model than this config's: "
-            f"{'; '.join(f'model.{line}' for line in changed)}"
-        )
-
-
-def _warn_of_other_clips(trained: dict[str, Any], config: Config, checkpoint: Path) -> None:
-    changed = differences(trained.get("clip") or {}, to_dict(config.clip), ClipConfig)
-    if changed:
-        logger.warning(
-            "%s was trained with other clips: %s",
-            checkpoint,
-            "; ".join(f"clip.{line}" for line in changed),
-        )
-
-
-def _check_same_classes(trained: list[str], index: VideoIndex, checkpoint: Path) -> None:
+def _check_same_classes(trained: tuple[str, ...], index: VideoIndex, checkpoint: Path) -> None:
     for label, (there, here) in enumerate(zip(trained, index.class_names, strict=True)):
         if there != here:
             raise CheckpointError(
@@ -160,11 +128,14 @@ def _check_same_classes(trained: list[str], index: VideoIndex, checkpoint: Path)
 
 def _print_results(outcome: TestOutcome, config: Config, folder: Path) -> None:
     metrics, timing = outcome.metrics, outcome.timing
-    print(
-        f"{metrics.num_videos} videos, {config.test.num_clips} clips each: "
-        f"top-1 {metrics.top1:.1f} %, top-5 {metrics.top5:.1f} %, "
-        f"mean class accuracy {metrics.mean_class_accuracy:.1f} %"
-    )
+    if metrics is not None:
+        print(
+            f"{metrics.num_videos} videos, {config.test.num_clips} clips each: "
+            f"top-1 {metrics.top1:.1f} %, top-5 {metrics.top5:.1f} %, "
+            f"mean class accuracy {metrics.mean_class_accuracy:.1f} %"
+        )
+    if outcome.num_unlabeled:
+        print(f"{outcome.num_unlabeled} videos without a label: scores only, in {folder}")
     if timing["videos"]:
         logger.info(
             "%.2f videos/s, waiting for data %.0f %%; %s",

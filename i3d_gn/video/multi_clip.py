@@ -13,6 +13,7 @@ from i3d_gn.data.loader import TimedIterator, video_loader
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import TestVideo, TestVideos
 from i3d_gn.engine.distributed import Process, barrier
+from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.video.scores import TestOutcome, VideoScore, merge_parts, read_parts, write_part
 
 VIDEOS_PER_PART = 64
@@ -76,9 +77,11 @@ def score_videos(
     `folder`/scores.parquet.
 
     Raises:
-        RuntimeError: The ranks do not share `folder`.
-        ValueError: No video could be decoded, or scores are not finite.
+        ConfigError: Another process is testing in `folder`.
+        ValueError: No video could be decoded, scores are not finite, or the ranks do not share
+            `folder`.
     """
+    lock = DirLock(folder) if process.is_main else None
     parts = folder / "parts" / tag
     parts.mkdir(parents=True, exist_ok=True)
     done = {score.video for score in read_parts(parts)}
@@ -101,12 +104,13 @@ def score_videos(
         write_part(parts, pending, process.rank)
     seconds = time.monotonic() - started
     barrier()
-    if not process.is_main:
+    if lock is None:
         return None
-    metrics, skipped = merge_parts(parts, videos.index, folder)
     timing = {
         "videos": len(mine),
         "seconds": seconds,
         "data_wait_share": timed.seconds_waited / seconds,
     }
-    return TestOutcome(metrics, skipped, timing)
+    outcome = merge_parts(parts, videos.index, folder, timing)
+    lock.close()
+    return outcome

@@ -60,9 +60,9 @@ def read_run(folder: Path) -> Run:
         path, results = found
         scores = pq.read_table(path.with_name("scores.parquet"))
         class_names = json.loads((scores.schema.metadata or {})[b"class_names"])
-        confusion = _confusion(
-            np.array(scores["scores"].to_pylist()), scores["label"].to_numpy(), len(class_names)
-        )
+        labels = scores["label"].to_numpy()
+        matrix = np.array(scores["scores"].to_pylist())[labels >= 0]
+        confusion = _confusion(matrix, labels[labels >= 0], len(class_names))
     return Run(
         name=folder.name,
         config=config,
@@ -92,7 +92,7 @@ def find_test(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | Non
                 + differences(tested["clip"], to_dict(config.clip), ClipConfig)
                 + [key for key in ("val_index",) if tested["data"][key] != config.data.val_index]
             )
-            step = int(results["step"])
+            step = -1 if results["step"] is None else int(results["step"])
         except (OSError, ValueError, KeyError, TypeError):
             differing, step, results = ["damaged"], -1, {}
         if differing:
@@ -127,8 +127,8 @@ def table(runs: list[Run]) -> str:
                 f"{losses[-1]:.3f}" if losses else "not run",
                 f"{accuracies[-1]:.1f}" if accuracies else "not run",
                 _multi_clip(results, steps[-1] if steps else 0),
-                f"{results['top5']:.1f}" if results else "not run",
-                str(results["num_videos"]) if results else "-",
+                f"{results['top5']:.1f}" if results and "top5" in results else "not run",
+                str(results.get("num_videos", "-")) if results else "-",
                 str(results["num_skipped"]) if results else "-",
             ]
         )
@@ -136,7 +136,7 @@ def table(runs: list[Run]) -> str:
 
 
 def _multi_clip(results: dict[str, Any] | None, last_step: int) -> str:
-    if results is None:
+    if results is None or "top1" not in results:
         return "not run"
     at = "" if results["step"] == last_step else f", step {results['step']}"
     return f"{results['top1']:.1f} ({results['num_clips']} clips{at})"
@@ -156,7 +156,7 @@ def plot(runs: list[Run], path: Path) -> None:
         for run in runs:
             axes[0].plot(*run.curve("train", "loss"), label=run.name)
             (line,) = axes[1].plot(*run.curve("val", "top1"), marker="o", ms=3, label=run.name)
-            if run.results is not None:
+            if run.results is not None and "top1" in run.results:
                 axes[1].plot(
                     run.results["step"], run.results["top1"], marker="*", ms=12,
                     color=line.get_color(), clip_on=False, linestyle="none",

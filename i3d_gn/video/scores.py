@@ -21,6 +21,15 @@ from i3d_gn.engine.metrics import VideoMetrics, video_metrics
 from i3d_gn.files import atomic_output
 from i3d_gn.video_io.index import VideoIndex
 
+_PART = pa.schema(
+    [
+        ("video", pa.int64()),
+        ("label", pa.int64()),
+        ("scores", pa.list_(pa.float32())),
+        ("broken", pa.string()),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class VideoScore:
@@ -37,7 +46,8 @@ class TestOutcome:
     """Accuracy over the videos that decode, and why the others do not.
 
     Attributes:
-        metrics: Accuracy.
+        metrics: Accuracy over the labeled videos, None if there are none.
+        num_unlabeled: Videos that have scores but no label.
         skipped: Path below the index's root -> reason.
         timing: Of this rank: `videos` tested now, `seconds`, and `data_wait_share`, the fraction of
             them spent waiting for frames. Near 0 the network is the bottleneck, else decoding.
@@ -45,34 +55,49 @@ class TestOutcome:
 
     __test__ = False
 
-    metrics: VideoMetrics
+    metrics: VideoMetrics | None
+    num_unlabeled: int
     skipped: dict[str, str]
     timing: dict[str, float]
 
     def summary(self) -> dict[str, float]:
         """The metrics and the number of skipped videos."""
-        return {**asdict(self.metrics), "num_skipped": len(self.skipped)}
+        accuracy = {} if self.metrics is None else asdict(self.metrics)
+        counts = {"num_unlabeled": self.num_unlabeled} if self.num_unlabeled else {}
+        return {**accuracy, **counts, "num_skipped": len(self.skipped)}
 
 
 def write_part(parts: Path, scores: Sequence[VideoScore], rank: int) -> None:
     """Write the scores of some videos, atomically."""
     table = pa.table(
         {
-            "video": pa.array([s.video for s in scores], pa.int64()),
-            "label": pa.array([s.label for s in scores], pa.int64()),
-            "scores": pa.array([s.scores for s in scores], pa.list_(pa.float32())),
-            "broken": pa.array([s.broken for s in scores], pa.string()),
-        }
+            "video": [s.video for s in scores],
+            "label": [s.label for s in scores],
+            "scores": [s.scores for s in scores],
+            "broken": [s.broken for s in scores],
+        },
+        schema=_PART,
     )
     name = f"{scores[0].video:08d}-{scores[-1].video:08d}-{rank}.parquet"
     _write_table(parts / name, table)
 
 
 def read_parts(parts: Path) -> list[VideoScore]:
-    """All scores written so far, each video once, in the order of the index."""
+    """All scores written so far, each video once, in the order of the index.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
     found: dict[int, VideoScore] = {}
     for path in sorted(parts.glob("[0-9]*.parquet")):
-        for row in pq.read_table(path).to_pylist():
+        try:
+            table = pq.read_table(path, schema=_PART)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); delete it, and its videos are "
+                "scored again"
+            ) from error
+        for row in table.to_pylist():
             scores = None if row["scores"] is None else np.array(row["scores"], dtype=np.float32)
             score = VideoScore(row["video"], row["label"], scores, row["broken"])
             found.setdefault(score.video, score)
@@ -80,22 +105,20 @@ def read_parts(parts: Path) -> list[VideoScore]:
 
 
 def merge_parts(
-    parts: Path, index: VideoIndex, folder: Path
-) -> tuple[VideoMetrics, dict[str, str]]:
+    parts: Path, index: VideoIndex, folder: Path, timing: dict[str, float]
+) -> TestOutcome:
     """Replace all parts by `folder`/scores.parquet.
 
-    Returns:
-        Accuracy, and the reason for each skipped video by its path.
-
     Raises:
-        RuntimeError: A video has no score: the ranks do not share `folder`.
-        ValueError: No video could be decoded, or scores are not finite.
+        ValueError: A video has no score (the ranks do not share `folder`), no video could be
+            decoded, or scores are not finite.
     """
     scores = read_parts(parts)
-    if len(scores) != len(index):
-        raise RuntimeError(
-            f"{parts} holds scores of {len(scores)} of {len(index)} videos: the ranks do not write "
-            "to the same folder; use storage that all of them share, and run again"
+    if [score.video for score in scores] != list(range(len(index))):
+        raise ValueError(
+            f"{parts} holds scores of {len(scores)} videos, not of the {len(index)} of the index: "
+            "the ranks do not write to the same folder, or something else does; use storage that "
+            "all of them share, delete the folder, and run again"
         )
     scored = [(s, s.scores) for s in scores if s.scores is not None]
     if not scored:
@@ -109,7 +132,9 @@ def merge_parts(
             f"is {index.paths[first]}: the network diverged, or its arithmetic overflowed; test an "
             "earlier checkpoint, or with precision fp32"
         )
-    metrics = video_metrics(matrix, np.array([s.label for s, _ in scored]))
+    labels = np.array([s.label for s, _ in scored])
+    labeled = labels >= 0
+    metrics = video_metrics(matrix[labeled], labels[labeled]) if labeled.any() else None
     table = pa.table(
         {
             "path": pa.array([index.paths[s.video] for s, _ in scored], pa.string()),
@@ -120,7 +145,7 @@ def merge_parts(
     _write_table(folder / "scores.parquet", table)
     shutil.rmtree(folder / "parts")
     skipped = {index.paths[s.video]: s.broken for s in scores if s.broken is not None}
-    return metrics, skipped
+    return TestOutcome(metrics, int((~labeled).sum()), skipped, timing)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -69,6 +69,7 @@ class VideoTraining(ClassificationTask):
                 f"{config.data.train_index} and {config.data.val_index} have different class ids; "
                 "make the second one with --label-map and the first"
             )
+        build.warn_of_shared_videos(self.train_index, self.val_index)
 
     def build_model(self) -> I3D:
         """The network of the config."""
@@ -138,7 +139,7 @@ class VideoTraining(ClassificationTask):
             model, self.val_index, self.config, self.to_device, self.process,
             folder=folder, tag=f"step_{step:08d}",
         )  # fmt: skip
-        if outcome is None:
+        if outcome is None or outcome.metrics is None:
             return
         log.write("test", step, outcome.summary())
         logger.info(

@@ -250,3 +250,23 @@ def test_missing_config_file_is_an_error_that_names_it(tmp_path):
 def test_to_yaml_writes_plain_yaml(tmp_path):
     text = to_yaml(load_config(write(tmp_path, MINIMAL)))
     assert yaml.safe_load(text)["train"]["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.batch_size", "did you mean 'train.lr_batch_size' or 'train.global_batch_size'"),
+        ("model.frozen_stages", "valid keys are model"),
+        ("clip.lr", "did you mean 'train.lr'"),
+    ],
+)
+def test_unknown_keys_name_the_similar_ones_only(tmp_path, key, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), [f"{key}=1"])
+
+
+def test_file_that_is_no_config_is_refused_quickly(tmp_path):
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(write(tmp_path, "a: " + "[" * 10_000))
+    with pytest.raises(ConfigError, match="over 100 kB"):
+        load_config(write(tmp_path, "# comment\n" * 1_000_000))

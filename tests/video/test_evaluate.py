@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from i3d_gn import cli
 from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.typed_config import ConfigError, config_hash, to_yaml
+from i3d_gn.engine.typed_config import ConfigError, config_hash, to_dict, to_yaml
 from i3d_gn.files import file_sha256
+from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
@@ -173,3 +176,70 @@ def test_results_have_the_config_that_trained_the_checkpoint(small_run, caplog):
     assert results["config"]["seed"] == 3
     assert results["config"]["clip"]["stride"] == results["stride"] == 1
     assert "was trained with other clips: clip.stride: 2 -> 1" in caplog.text
+
+
+def test_converted_weights_are_tested_like_their_checkpoint(small_run, tmp_path):
+    config = small_run("train.steps=2", "data.mean=[0.1,0.2,0.3]")
+    train(config, PROCESS)
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    converted = tmp_path / "converted.safetensors"
+    assert cli.main(["convert", str(checkpoint), str(converted)]) == 0
+    default = small_run("train.steps=2")
+    expected, results = (
+        evaluate(default, checkpoint, PROCESS),
+        evaluate(default, converted, PROCESS),
+    )
+    assert results["step"] is None
+    assert results["top1"] == expected["top1"]
+    tables = [
+        pq.read_table(next((tmp_path / "run").glob(f"test_{stem}_*")) / "scores.parquet")
+        for stem in ("step_00000002", "converted")
+    ]
+    assert tables[0].equals(tables[1])
+    with pytest.raises(ValueError, match="num_groups"):
+        evaluate(small_run("model.num_groups=4"), converted, PROCESS)
+
+
+def test_weights_without_a_head_are_not_tested(small_run, tmp_path):
+    torch.save(resnet_tiny("gn", 10).state_dict(), tmp_path / "image.pth")
+    with pytest.raises(CheckpointError, match="no weights for head.linear.weight"):
+        evaluate(small_run(), tmp_path / "image.pth", PROCESS)
+
+
+def unlabeled_index(index, path, labels):
+    records = [
+        dataclasses.replace(record, label=label)
+        for record, label in zip(records_of(index), labels, strict=True)
+    ]
+    write_index(path, records, class_names=index.class_names, root=index.root)
+    return f"data.val_index={path}"
+
+
+def test_unlabeled_videos_are_scored_and_do_not_count(small_run, motion_set, tmp_path, capsys):
+    train(small_run("train.steps=2"), PROCESS)
+    index = VideoIndex.load(motion_set.val_index)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    override = unlabeled_index(index, tmp_path / "none.parquet", [-1] * 6)
+    results = evaluate(small_run("train.steps=2", override), checkpoint, PROCESS)
+    assert (results["num_unlabeled"], "top1" in results) == (6, False)
+    assert "6 videos without a label: scores only" in capsys.readouterr().out
+    override = unlabeled_index(index, tmp_path / "some.parquet", [0, -1, -1, -1, -1, 5])
+    results = evaluate(small_run("train.steps=2", override), checkpoint, PROCESS)
+    assert (results["num_unlabeled"], results["num_videos"]) == (4, 2)
+    with pytest.raises(ConfigError, match="6 videos have no label, which training and validation"):
+        train(small_run(f"data.val_index={tmp_path / 'none.parquet'}"), PROCESS)
+
+
+def test_checkpoint_of_another_task_is_refused(small_run, tmp_path):
+    train(small_run("train.steps=2"), PROCESS)
+    path = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    saved = load_checkpoint(path)
+    saved["config"] = {"rows": 5}
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="not of a video network"):
+        evaluate(small_run("train.steps=2"), path, PROCESS)
+    saved["config"] = to_dict(small_run("train.steps=2"))
+    saved["input"] = {"mean": "none"}
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="damaged: its mean is 'none'"):
+        evaluate(small_run("train.steps=2"), path, PROCESS)

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -7,6 +8,8 @@ from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.transforms import evaluation_crops, normalize_clips
 from i3d_gn.data.videos import TestVideos
 from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.run_dir import DirLock
+from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import i3d_tiny
 from i3d_gn.video.multi_clip import VideoScorer, score_videos
 from i3d_gn.video.scores import VideoScore, read_parts, write_part
@@ -170,3 +173,34 @@ def test_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monke
     )
     with pytest.raises(ValueError, match="none of 6 videos could be decoded: no frames"):
         run(model, index, tmp_path / "all")
+
+
+def test_damaged_part_is_a_one_line_error(model, index, tmp_path):
+    parts = tmp_path / "parts" / "tag"
+    parts.mkdir(parents=True)
+    damaged = parts / "00000000-00000001-0.parquet"
+    for write in (
+        lambda: damaged.write_bytes(b"no parquet"),
+        lambda: pq.write_table(pa.table({"video": ["a"]}), damaged),
+    ):
+        write()
+        with pytest.raises(
+            ValueError, match=r"00000000-.*parquet is damaged .* delete it"
+        ) as caught:
+            run(model, index, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_scores_of_other_videos_are_an_error(model, index, tmp_path):
+    scores = np.zeros(6, dtype=np.float32)
+    write_part(tmp_path / "parts" / "tag", [VideoScore(99, 0, scores, None)], 0)
+    with pytest.raises(ValueError, match="holds scores of 7 videos, not of the 6 of the index"):
+        run(model, index, tmp_path)
+
+
+def test_two_tests_in_one_folder_are_refused(model, index, tmp_path):
+    lock = DirLock(tmp_path)
+    with pytest.raises(ConfigError, match="in use by another process"):
+        run(model, index, tmp_path)
+    lock.close()
+    run(model, index, tmp_path)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
 from i3d_gn.video.train import train
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
+from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -38,6 +40,18 @@ def assert_same_outcome(folder_a, folder_b):
     momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
     assert log_without_timing(folder_a) == log_without_timing(folder_b)
+
+
+def records_of(index):
+    return [
+        VideoRecord(
+            path=path, label=int(label), num_frames=int(frames), fps=25.0, duration_seconds=0.8,
+            width=int(width), height=int(height),
+        )
+        for path, label, frames, width, height in zip(
+            index.paths, index.labels, index.num_frames, index.widths, index.heights, strict=True
+        )
+    ]  # fmt: skip
 
 
 def log_without_timing(folder):
@@ -235,6 +249,57 @@ def test_scores_of_a_stopped_validation_are_not_reused(small_run, tmp_path, monk
         for name in ("whole", "run")
     ]
     assert tables[0].equals(tables[1])
+
+
+def test_more_steps_extend_a_finished_run(small_run, tmp_path):
+    options = ["train.validate_every=2", "train.log_every=2"]
+    train(small_run(*options, "train.steps=6", output_dir=tmp_path / "whole"), PROCESS)
+    for steps in (4, 6):
+        train(small_run(*options, f"train.steps={steps}", output_dir=tmp_path / "run"), PROCESS)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"train.steps: 6 -> 4"):
+        train(small_run(*options, "train.steps=4"), PROCESS)
+
+
+def test_more_steps_of_a_cosine_schedule_are_another_experiment(small_run):
+    options = ["train.schedule=cosine", "train.milestones=[]"]
+    train(small_run(*options, "train.steps=2"), PROCESS)
+    with pytest.raises(ConfigError, match=r"train.steps: 2 -> 4.*model.weights="):
+        train(small_run(*options, "train.steps=4"), PROCESS)
+
+
+@pytest.mark.parametrize("change", ["order", "half", "labels", "classes"])
+def test_resume_with_another_index_is_refused(small_run, motion_set, tmp_path, change):
+    index = VideoIndex.load(motion_set.train_index)
+    records, names = list(records_of(index)), index.class_names
+    if change == "order":
+        records = records[::-1]
+    elif change == "half":
+        records = records[:6]
+    elif change == "labels":
+        records = [dataclasses.replace(r, label=5 - r.label) for r in records]
+    else:
+        names = names[::-1]
+    other = tmp_path / "train.parquet"
+    shutil.copy(motion_set.train_index, other)
+    val = tmp_path / "val.parquet"
+    write_index(
+        val, records_of(VideoIndex.load(motion_set.val_index)), class_names=names,
+        root=motion_set.folder / "videos" / "val",
+    )  # fmt: skip
+    root = [f"data.train_index={other}", "train.steps=2"]
+    write_index(other, records_of(index), class_names=index.class_names, root=index.root)
+    train(small_run(*root), PROCESS)
+    write_index(other, records, class_names=names, root=index.root)
+    if change == "classes":
+        root.append(f"data.val_index={val}")
+    with pytest.raises(ConfigError, match="training index: 12 videos, 6 classes|another config"):
+        train(small_run(*root), PROCESS)
+
+
+def test_videos_in_both_indexes_are_said(small_run, motion_set, caplog):
+    train(small_run("train.steps=2", f"data.val_index={motion_set.train_index}"), PROCESS)
+    assert "12 videos are for training and for validation" in caplog.text
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""A trained network: from a checkpoint of this package, or from a file of weights."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from i3d_gn.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state
+from i3d_gn.engine.classification import saved_normalization
+from i3d_gn.engine.typed_config import differences, to_dict
+from i3d_gn.models import I3D
+from i3d_gn.models.inflate import load_imagenet_weights
+from i3d_gn.video import build
+from i3d_gn.video.config import ClipConfig, Config, ModelConfig
+
+logger = logging.getLogger(__name__)
+
+# Keys of `model` that a trained network does not depend on.
+_TRAINING_ONLY = ("weights", "weights_convolutions_only", "dropout", "checkpoint_stages")
+# Weights in a format that is not that of checkpoints.
+_WEIGHT_SUFFIXES = (".safetensors", ".pkl", ".pyth", ".pth")
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network with everything that its use depends on.
+
+    Attributes:
+        model: On its device.
+        mean, std: RGB in [0, 1], to normalize clips by.
+        class_names: By class id; None if the file does not say.
+        config: The config that trained it, as nested dictionaries; None if the file does not say.
+        step: Optimizer steps of the training; None if the file does not say.
+    """
+
+    model: I3D
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] | None
+    config: dict[str, Any] | None
+    step: int | None
+
+
+def load_trained(path: Path, config: Config, device: torch.device) -> TrainedNetwork:
+    """Load the network of `config.model` with the weights of `path`.
+
+    Args:
+        path: A checkpoint of training, or weights of a video network that `i3d-gn convert` reads
+            or wrote.
+        config: Must describe the same network; a different clip is logged.
+        device: Of the network.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or of another network.
+        ValueError: The weights cannot be read.
+    """
+    model = build.build_model(config, device)
+    if path.suffix in _WEIGHT_SUFFIXES:
+        return _load_weights(model, path, config)
+    saved = load_checkpoint(path)
+    _check_same_model(saved["config"], config, path)
+    load_model_state(model, saved["model"], path=path)
+    _warn_of_other_clips(saved["config"], config, path)
+    mean, std = saved_normalization(saved)
+    names = saved.get("class_names")
+    return TrainedNetwork(
+        model, mean, std, None if names is None else tuple(names), saved["config"], saved["step"]
+    )
+
+
+def _load_weights(model: I3D, path: Path, config: Config) -> TrainedNetwork:
+    report = load_imagenet_weights(model, path)
+    if report.left_at_init:
+        raise CheckpointError(
+            f"{path} is not a trained network of this config: it has no weights for "
+            f"{', '.join(report.left_at_init)}"
+        )
+    mean, std = config.data.mean or report.info.mean, config.data.std or report.info.std
+    if mean is None or std is None:
+        raise CheckpointError(
+            f"{path} does not say how clips must be normalized; set data.mean and data.std"
+        )
+    return TrainedNetwork(model, mean, std, class_names=None, config=None, step=None)
+
+
+def _check_same_model(trained: dict[str, Any], config: Config, path: Path) -> None:
+    if not isinstance(trained.get("model"), dict):
+        raise CheckpointError(f"{path} is not of a video network: its config has no model")
+    theirs, ours = (
+        {key: value for key, value in c["model"].items() if key not in _TRAINING_ONLY}
+        for c in (trained, to_dict(config))
+    )
+    if changed := differences(theirs, ours, ModelConfig):
+        raise CheckpointError(
+            f"{path} was trained with another model than this config's: "
+            f"{'; '.join(f'model.{line}' for line in changed)}"
+        )
+
+
+def _warn_of_other_clips(trained: dict[str, Any], config: Config, path: Path) -> None:
+    changed = differences(trained.get("clip") or {}, to_dict(config.clip), ClipConfig)
+    if changed:
+        lines = "; ".join(f"clip.{line}" for line in changed)
+        logger.warning("%s was trained with other clips: %s", path, lines)
