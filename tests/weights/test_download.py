@@ -57,9 +57,23 @@ def test_torchvision_enum_is_downloaded_and_its_hash_checked(published, monkeypa
     assert weights.info.std == (0.229, 0.224, 0.225)
     assert weights.info.stride_in == "3x3"
     assert torch.equal(weights.tensors["res2.0.norm1.bias"], state["layer1.0.bn1.bias"])
-    for name in ("resnet50-00000000.pth", "missing-00000000.pth"):
+    # A second file goes into the same cache, and files in the cache are not downloaded again.
+    torch.save({**state, "fc.bias": torch.ones(1000)}, folder / "other.pth")
+    digest = hashlib.sha256((folder / "other.pth").read_bytes()).hexdigest()[:8]
+    (folder / "other.pth").rename(folder / f"resnet50-{digest}.pth")
+    monkeypatch.setattr(
+        torchvision.models, "get_weight", lambda _: weight_at(f"resnet50-{digest}.pth")
+    )
+    for _ in range(2):
+        weights = read_weights("ResNet50_Weights.IMAGENET1K_V1")
+        assert weights.tensors["head.linear.bias"].sum() == 1000
+        (folder / f"resnet50-{digest}.pth").unlink(missing_ok=True)
+    for name, reason in (
+        ("resnet50-00000000.pth", "invalid hash value"),
+        ("missing-00000000.pth", "HTTP Error 404"),
+    ):
         monkeypatch.setattr(torchvision.models, "get_weight", lambda _, name=name: weight_at(name))
-        with pytest.raises(ValueError, match=r"could not download .*; check the connection, or"):
+        with pytest.raises(ValueError, match=rf"could not download .*{reason}.*; check the conn"):
             read_weights("ResNet50_Weights.IMAGENET1K_V2")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"no weights 'ResNet50_Weights.V9'"):

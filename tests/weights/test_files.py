@@ -203,7 +203,8 @@ def test_torch_file_with_a_call_is_refused_by_name(tmp_path, monkeypatch, legacy
 @pytest.mark.parametrize("suffix", ["pth", "pkl", "safetensors", "bin"])
 def test_not_a_weight_file(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
-    assert "no such file" in refusal(path)
+    reason = "no such file or directory; give the path of a weight file"
+    assert refusal(path) == f"weights {path}: {reason}"
     path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>")
     assert "it is a web page" in refusal(path)
     path.write_text('{"error": "rate limit exceeded"}')
