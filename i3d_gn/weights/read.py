@@ -89,16 +89,23 @@ def read_weights(
     unused += [found.prefix + name for name in tensors if name not in source_names.values()]
     renamed = {own: tensors[theirs] for own, theirs in source_names.items()}
     _check_tensors({source_names[own]: tensor for own, tensor in renamed.items()}, origin)
-    if "head.linear.weight" in renamed:  # a 1x1x1 convolution in fully convolutional testing
-        renamed["head.linear.weight"] = renamed["head.linear.weight"].flatten(1)
+    head = renamed.get("head.linear.weight")
+    if head is not None and head.dim() > 2:  # a 1x1x1 convolution in fully convolutional testing
+        renamed["head.linear.weight"] = head.flatten(1)
+    conv1 = renamed.get("conv1.weight")
+    if conv1 is not None and (conv1.dim() not in (4, 5) or conv1.shape[1] != 3):
+        raise ValueError(
+            f"weights {origin}: {source_names['conv1.weight']} has shape {tuple(conv1.shape)}; "
+            "expected (O, 3, H, W) or (O, 3, T, H, W)"
+        )
     if info is None and {"config", "input", "model"} <= content.keys():
         info = _info_of_checkpoint(content, renamed, origin)
     if info is None:
         if naming == "caffe2_bn":
             renamed = _complete_affine(renamed)
         info = _info_by_naming(naming, renamed)
-        if naming == "caffe2_gn":
-            renamed["conv1.weight"] = _fold_input(renamed["conv1.weight"], info)
+        if naming == "caffe2_gn" and conv1 is not None:
+            renamed["conv1.weight"] = _fold_input(conv1, info)
         if is_torchvision_name(origin):
             info = dataclasses.replace(info, mean=IMAGENET_MEAN, std=IMAGENET_STD, stride_in="3x3")
     return Weights(renamed, info, source_names, tuple(unused), found.name, others)
@@ -310,7 +317,8 @@ def _fold_input(conv1: Tensor, info: WeightsInfo) -> Tensor:
     """
     assert info.std is not None
     scale = 255 * torch.tensor(info.std, dtype=torch.float64)
-    return (conv1.flip(1).double() * scale.view(1, 3, 1, 1)).to(conv1.dtype)
+    scale = scale.view(3, *(1 for _ in conv1.shape[2:]))
+    return (conv1.flip(1).double() * scale).to(conv1.dtype)
 
 
 def _norm_of(tensors: Mapping[str, Tensor]) -> str:

@@ -19,6 +19,7 @@ from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm
 from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import Weights, export_names, read_weights, write_weights
+from i3d_gn.weights.tensor_names import first_names
 
 SHALLOW = (1, 1, 1, 1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -77,12 +78,52 @@ def test_logits_equal_torchvision_and_timm(images, randomized, tmp_path):
         assert all(torch.equal(back[k], v) for k, v in reference.state_dict().items())
 
 
-def test_resnet101_tensor_names():
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (torchvision.models.resnet101, lambda: resnet101("bn")),
+        (torchvision.models.vgg16, lambda: VGG16("none")),
+        (torchvision.models.vgg16_bn, lambda: VGG16("bn")),
+    ],
+)
+def test_tensor_names_of_torchvision(theirs, ours):
     with torch.device("meta"):
-        theirs = torchvision.models.resnet101().state_dict()
-        ours = resnet101("bn").state_dict()
-    renamed = read_weights(theirs).tensors
-    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.items()}
+        theirs, ours = theirs().state_dict(), ours().state_dict()
+
+    def shapes(state):
+        return {name: tensor.shape for name, tensor in state.items()}
+
+    assert shapes(read_weights(theirs).tensors) == shapes(ours)
+    assert shapes(export_names(ours, "torchvision")) == shapes(theirs)
+    assert shapes(export_names(ours, "i3d_gn")) == shapes(ours)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
+def test_tensor_names_of_pytorchvideo():
+    from pytorchvideo.models.hub import i3d_r50
+
+    with torch.device("meta"):
+        ours = export_names(i3d_resnet50("bn").state_dict(), "pytorchvideo")
+        theirs = i3d_r50(pretrained=False).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_tensors_without_a_name_elsewhere():
+    state = {"conv1.weight": torch.zeros(1, 3, 1, 1), "res6.0.conv1.weight": torch.zeros(1)}
+    with pytest.raises(
+        ValueError, match=r"torchvision has no name for res6\.0\.conv1\.weight; use"
+    ):
+        export_names(state, "torchvision")
+    with pytest.raises(ValueError, match="'torchvision' is not for video networks; use pytorchv"):
+        export_names({"conv1.weight": torch.zeros(1, 3, 5, 1, 1)}, "torchvision")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "none"), (1, "0"), (6, "0, 1, 2, 3, 4, 5"), (8, "0, 1, 2, 3, 4, 5 and 2 more")],
+)
+def test_messages_list_six_names(number, text):
+    assert first_names([str(i) for i in range(number)]) == text
 
 
 def test_logits_equal_groupnorm_reproduce(images, randomized, tmp_path):

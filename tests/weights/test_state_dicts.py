@@ -176,6 +176,22 @@ def test_arrays_of_a_pickle_are_tensors_and_scalars_are_not():
     assert weights.unused == ()
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 7), (2, 4, 7, 7), (2, 1, 5, 7, 7)])
+@pytest.mark.parametrize(
+    "names", [("conv1.weight", "layer1.0.conv3.weight"), ("conv1_w", "conv1_gn_s")]
+)
+def test_conv1_of_another_network(shape, names):
+    with pytest.raises(ValueError, match=rf"{names[0]} has shape .*; expected \(O, 3, H, W\) or"):
+        read_weights({names[0]: torch.zeros(shape), names[1]: torch.zeros(1)})
+
+
+def test_incomplete_state_dicts_are_read():
+    """Loading names what is missing; reading must not fail before."""
+    for names in (["conv1_gn_s"], ["res_conv1_bn_s"], ["layer1.0.conv3.weight", "fc.weight"]):
+        state = {name: torch.zeros(2) for name in names}
+        assert len(read_weights(state).tensors) == len(names)
+
+
 @pytest.mark.parametrize("config", [{}, {"model": {}}, "resnet50", {"model": {"norm": "gn"}}])
 def test_config_of_another_program(config):
     with pytest.raises(ValueError, match="its config was not written by this version of i3d_gn"):
