@@ -22,7 +22,8 @@ class SplitBatchNorm(_BatchNorm):
         momentum: weight of a batch in the running statistics.
 
     Raises:
-        ValueError: n is less than 1; in training, the batch is not a multiple of n.
+        ValueError: n is less than 1, or the input has another number of channels; in training, the
+            batch is not a multiple of n.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class SplitBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (k * n, C, *)."""
+        self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
         check_splits(input, self.stats_batch_size)

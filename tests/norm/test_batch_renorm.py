@@ -28,21 +28,23 @@ def algorithm_1(x, mu, sigma, gamma, beta, *, r_max, d_max, momentum, eps):
 @pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 4, 2, 3, 3)])
 def test_algorithm_1_over_several_batches(shape):
     generator = torch.Generator().manual_seed(0)
-    layer = BatchRenorm(4, momentum=0.3, r_max=1.5, d_max=0.5, schedule=None)
+    eps = 0.1
+    layer = BatchRenorm(4, eps=eps, momentum=0.3, r_max=1.5, d_max=0.5, schedule=None)
     with torch.no_grad():
         layer.weight.copy_(torch.rand(4, generator=generator) + 0.5)
         layer.bias.copy_(torch.randn(4, generator=generator))
     gamma, beta = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
-    mu, sigma = np.zeros(4), np.sqrt(np.ones(4) + 1e-5)
+    mu, sigma = np.zeros(4), np.sqrt(np.ones(4) + eps)
     for step in range(5):
         x = torch.randn(shape, generator=generator) * (1 + step) + step / 2
         expected, mu, sigma = algorithm_1(
             x.double().numpy(), mu, sigma, gamma, beta,
-            r_max=1.5, d_max=0.5, momentum=0.3, eps=1e-5,
+            r_max=1.5, d_max=0.5, momentum=0.3, eps=eps,
         )  # fmt: skip
         np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(layer.running_mean.numpy(), mu, rtol=1e-5)
-    np.testing.assert_allclose(layer.running_var.numpy(), sigma**2 - 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(layer.running_var.numpy(), sigma**2 - eps, rtol=1e-5)
+    assert layer.num_batches_tracked == 5
     layer.eval()
     by_channel = (1, 4, *(1,) * (len(shape) - 2))
     mu, sigma, gamma, beta = (v.reshape(by_channel) for v in (mu, sigma, gamma, beta))
@@ -74,6 +76,16 @@ def test_schedule_starts_as_batch_norm_and_limits_grow():
                                (40000, 3, 5), (90000, 3, 5)):  # fmt: skip
         layer.num_batches_tracked.fill_(done)
         assert [float(v) for v in layer.limits()] == pytest.approx([r_max, d_max])
+    layer = BatchRenorm(4, r_max=3, d_max=5, schedule=(0, 4, 2))
+    layer(x)
+    assert [float(v) for v in layer.limits()] == [1.5, 2.5]
+
+
+def test_without_corrections_equals_batch_norm():
+    layer = BatchRenorm(4, r_max=1, d_max=0, schedule=None)
+    x = torch.randn(8, 4, 3, 3) * 4 + 2
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), nn.BatchNorm2d(4)(x))
 
 
 def test_split_statistics():
@@ -98,12 +110,20 @@ def test_weight_decay_of_gamma_and_beta():
 def test_errors():
     with pytest.raises(ValueError, match=r"r_max=0\.5"):
         make_norm("brn", 4, r_max=0.5)
-    with pytest.raises(ValueError, match=r"schedule=\(5, 5, 9\)"):
-        make_norm("brn", 4, schedule=(5, 5, 9))
+    with pytest.raises(ValueError, match=r"r_max=3\.0, d_max=-1"):
+        BatchRenorm(4, d_max=-1)
+    for schedule in ((5, 5, 9), (5, 9, 5), (-1, 5, 9)):
+        with pytest.raises(ValueError, match=r"schedule=.*both ends after start"):
+            make_norm("brn", 4, schedule=schedule)
     with pytest.raises(ValueError, match="r_max=2, d_max=None, schedule=None are for norm 'brn'"):
         make_norm("bn", 4, r_max=2)
     with pytest.raises(ValueError, match="stats_batch_size=0.*at least 1"):
         BatchRenorm(4, stats_batch_size=0)
+    for shape in ((2, 5, 3, 3), (4,)):
+        with pytest.raises(ValueError, match="C = 4"):
+            BatchRenorm(4)(torch.zeros(shape))
+    with pytest.raises(ValueError, match="3 samples is not a multiple of stats_batch_size=2"):
+        BatchRenorm(4, stats_batch_size=2)(torch.zeros(3, 4, 3, 3))
     with pytest.raises(ValueError, match="batch of 0 samples"):
         BatchRenorm(4)(torch.empty(0, 4, 3, 3))
     with pytest.raises(ValueError, match=r"leave checkpoint_stages empty"):

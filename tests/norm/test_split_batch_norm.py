@@ -88,18 +88,32 @@ def test_each_part_equals_a_separate_batch_norm(shape, channels_last):
     if channels_last:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         x = x.to(memory_format=formats[x.dim()])
-    layer = make_norm("bn", 5, spatial_dims=x.dim() - 2, stats_batch_size=2)
-    worker0 = nn.BatchNorm2d(5) if x.dim() == 4 else nn.BatchNorm3d(5)
-    parts = [worker0(x[:2])] + [F.batch_norm(p, None, None, training=True) for p in x[2:].split(2)]
-    torch.testing.assert_close(layer(x), torch.cat(parts), rtol=0, atol=1e-6)
-    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in worker0.state_dict().items())
+    for n in (1, 2):
+        layer = SplitBatchNorm(5, n, eps=0.1, momentum=0.3)
+        worker0 = (nn.BatchNorm2d if x.dim() == 4 else nn.BatchNorm3d)(5, eps=0.1, momentum=0.3)
+        others = [F.batch_norm(p, None, None, training=True, eps=0.1) for p in x[n:].split(n)]
+        torch.testing.assert_close(
+            layer(x), torch.cat([worker0(x[:n]), *others]), rtol=0, atol=1e-6
+        )
+        assert all(torch.equal(v, layer.state_dict()[k]) for k, v in worker0.state_dict().items())
     layer.eval(), worker0.eval()
     assert torch.equal(layer(x), worker0(x))
     assert torch.equal(layer(x[:1]), worker0(x[:1]))
 
 
+def test_options_and_defaults():
+    layer = make_norm("bn", 5, eps=0.1, stats_batch_size=2)
+    assert (layer.num_features, layer.stats_batch_size, layer.eps) == (5, 2, 0.1)
+    default, batch_norm = SplitBatchNorm(5, 2), nn.BatchNorm2d(5)
+    assert (default.eps, default.momentum) == (batch_norm.eps, batch_norm.momentum)
+
+
 def test_errors():
     layer = SplitBatchNorm(5, 4)
+    for shape in ((4, 6, 2, 2), (8,)):
+        for training in (True, False):
+            with pytest.raises(ValueError, match="C = 5"):
+                layer.train(training)(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"6 samples is not a multiple of stats_batch_size=4"):
         layer(torch.zeros(6, 5, 2, 2))
     for name in ("gn", "sync_bn", "none"):
