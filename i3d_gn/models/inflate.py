@@ -200,7 +200,11 @@ def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool)
             targets[key].copy_(value)
     return InflationReport(
         loaded=tuple(values),
-        left_at_init=tuple(key for key in model.state_dict() if key not in values),
+        left_at_init=tuple(
+            key
+            for key in model.state_dict()
+            if key not in values and (is_skipped(key) or not is_count(key))
+        ),
         unused=(*(names.get(key, key) for key in rest), *weights.unused),
         info=weights.info,
         entry=weights.entry,
