@@ -1,9 +1,11 @@
 """Frames by index compared with a sequential decode, on many kinds of files."""
 
 import gc
+import os
 import pickle
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,6 +25,7 @@ from i3d_gn.video_io.decode import (
     decode_frames,
     probe_video,
 )
+from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -539,6 +542,260 @@ def test_attached_picture_is_not_a_video(tmp_path):
     for read in (probe_video, lambda p: decode_frames(p, [0])):
         with pytest.raises(VideoDecodeError, match="no video stream"):
             read(path)
+
+
+def write_streams(path: Path, streams: list[dict]) -> Path:
+    """Streams of gray frames, each of its own gray."""
+    with av.open(str(path), "w") as container:
+        outputs = []
+        for options in streams:
+            stream = container.add_stream(options["codec"], rate=25)
+            stream.height, stream.width = options["height"], 64
+            stream.pix_fmt = "yuvj420p" if options["codec"] == "mjpeg" else "yuv420p"
+            stream.disposition = options.get("disposition", 0)
+            outputs.append(stream)
+        for options, stream in zip(streams, outputs, strict=True):
+            gray = np.full((options["height"], 64, 3), options["height"], np.uint8)
+            for _ in range(options["num_frames"]):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(gray)))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
+@pytest.mark.parametrize(
+    ("streams", "chosen"),
+    [
+        # A still picture first, whether or not it is the default.
+        (
+            [
+                {"codec": "mjpeg", "height": 48, "num_frames": 1},
+                {"codec": "libx264", "height": 80, "num_frames": 10},
+            ],
+            1,
+        ),
+        (
+            [
+                {
+                    "codec": "mjpeg",
+                    "height": 48,
+                    "num_frames": 1,
+                    "disposition": Disposition.default,
+                },
+                {"codec": "libx264", "height": 80, "num_frames": 10},
+            ],
+            1,
+        ),
+        # The default stream, wherever it is.
+        (
+            [
+                {"codec": "libx264", "height": 80, "num_frames": 10},
+                {
+                    "codec": "libx264",
+                    "height": 48,
+                    "num_frames": 10,
+                    "disposition": Disposition.default,
+                },
+            ],
+            1,
+        ),
+    ],
+)
+def test_stream_choice(streams, chosen, container, tmp_path, caplog):
+    path = write_streams(tmp_path / f"streams.{container}", streams)
+    info = probe_video(path)
+    expected = streams[chosen]
+    assert (info.height, info.num_frames) == (expected["height"], expected["num_frames"])
+    (warning,) = caplog.messages
+    assert f"several video streams; using stream {chosen} (h264), ignoring {1 - chosen}" in warning
+    assert count_decodable_frames(path) == 10
+    for backend in ("pyav", "decord"):
+        frames = decode_frames(path, [9], backend=backend)
+        assert abs(frames.mean() - expected["height"]) < 3
+
+
+def test_one_stream_is_not_warned_of(plain_video, caplog):
+    probe_video(plain_video)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_times_of_b_frames_in_avi(codec, tmp_path, encode_video):
+    """AVI has no presentation timestamps; FFmpeg's guesses for H.264 are out of order."""
+    path = encode_video(tmp_path / "b-frames.avi", codec=codec, options={"g": "12", "bf": "2"})
+    with open_video(path) as (_, stream):
+        times = [frame.pts for _, frame in sequential_frames(path, stream)]
+        rate = stream.average_rate
+        assert stream.time_base == 1 / rate
+    assert times == list(range(times[0], times[0] + 60))
+    info = probe_video(path)
+    assert (info.num_frames, info.fps) == (60, 25.0)
+    assert info.duration_seconds == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize("container", ["mkv", "flv"])
+def test_frame_rate_that_is_a_clock_rate(container, tmp_path, encode_video):
+    """The muxer writes the resolution of the timestamps as frame rate."""
+    path = tmp_path / f"video.{container}"
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=1000)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for t in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 5 * t, np.uint8))
+            frame.pts, frame.time_base = round(1000 * t / 30), Fraction(1, 1000)
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode(None))
+    with av.open(str(path)) as reader:
+        assert reader.streams.video[0].average_rate == 1000
+    info = probe_video(path)
+    assert info.fps == pytest.approx(30, abs=0.1)
+    assert info.duration_seconds == pytest.approx(1.0, abs=0.01)
+
+
+def encode_tagged(path: Path, codec: str, **tags: int) -> Path:
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream(
+            codec, rate=25, options={"qp": "1"} if codec == "libx264" else {}
+        )
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        ramp = np.linspace(16, 235, 96).astype(np.uint8)
+        pixels = np.stack([ramp + np.zeros((64, 1), np.uint8)] * 3, axis=-1)
+        for _ in range(3):
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        writer.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codec", "tags", "accepted"),
+    [
+        ("libx264", {"color_trc": 9}, {}),
+        ("libx264", {"colorspace": 8}, {}),
+        ("libx264", {"colorspace": 14}, {}),
+        ("libx264", {"colorspace": 1, "color_trc": 10}, {"colorspace": 1}),
+        ("mpeg2video", {"color_primaries": 0, "color_trc": 1, "colorspace": 1}, {"colorspace": 1}),
+    ],
+)
+def test_color_tags_that_swscale_refuses(codec, tags, accepted, tmp_path):
+    """Logarithmic transfer, YCgCo, ICtCp, reserved primaries: treated as unspecified."""
+    plain = encode_tagged(tmp_path / "plain.mp4", codec, **accepted)
+    path = encode_tagged(tmp_path / "tagged.mp4", codec, **tags)
+    with av.open(str(path)) as reader:
+        frame = next(reader.decode(video=0))
+        assert {name: getattr(frame, name) for name in tags} == tags
+    assert probe_video(path) == probe_video(plain)
+    for plan in (None, CropPlan(64, 96, 3, 5, 40, 40), CropPlan(32, 48, 0, 0, 32, 40)):
+        expected = decode_frames(plain, [0, 2], plan=plan)
+        assert np.array_equal(decode_frames(path, [0, 2], plan=plan), expected)
+
+
+def test_probe_converts_the_first_frame(tmp_path, plain_video, monkeypatch):
+    """A frame that training could not convert is found when the video is indexed."""
+
+    def fail(self, frame, row):
+        raise OSError(95, "Operation not supported")
+
+    for writer in (decode_pyav.FrameWriter, decode_pyav.CropWriter):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write", fail)
+            with pytest.raises(VideoDecodeError, match="frame 0: Operation not supported"):
+                probe_video(plain_video)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_encrypted_video(backend, tmp_path, encode_video):
+    options = {
+        "encryption_scheme": "cenc-aes-ctr",
+        "encryption_key": "76a6c65c5ea762046bd749a2e632ccbb",
+        "encryption_kid": "a7e61c373e219033c21091fa607bf3b8",
+    }
+    path = encode_video(tmp_path / "encrypted.mp4", options=H264, muxer_options=options)
+    for read in (probe_video, count_decodable_frames):
+        with pytest.raises(VideoDecodeError, match=r"encrypted.mp4: the video is encrypted"):
+            read(path)
+    with pytest.raises(VideoDecodeError, match="is encrypted"):
+        decode_frames(path, [0], backend=backend)
+
+
+EXIF_TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: np.rot90(a, 2),
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", EXIF_TURNS)
+def test_side_data_unknown_to_pyav(
+    orientation, tmp_path, encode_video, join_videos, decode_sequentially
+):
+    """PyAV 18 has no name for EXIF and refuses the display matrix of such frames as well."""
+    entry = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00" + bytes([orientation]) + b"\x00\x00"
+    exif = b"Exif\x00\x00MM\x00\x2a\x00\x00\x00\x08\x00\x01" + entry + bytes(4)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    source = encode_video(
+        tmp_path / "source.avi", codec="mjpeg", pixel_format="yuvj420p", num_frames=3
+    )
+
+    def edit(_, number, packet):
+        data = bytes(packet)
+        assert data[:2] == b"\xff\xd8"
+        return av.Packet(data[:2] + segment + data[2:])
+
+    path = join_videos([source], tmp_path / "exif.avi", edit=edit)
+    expected = [EXIF_TURNS[orientation](frame) for frame in decode_sequentially(source)]
+    info = probe_video(path)
+    assert (info.num_frames, info.height, info.width) == (3, *expected[0].shape[:2])
+    assert np.array_equal(decode_frames(path, [0, 1, 2]), expected)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.parametrize("name", ["plain", "transport.ts", "rotated.mp4"])
+def test_size_is_checked(name, backend, tmp_path, encode_video, plain_video):
+    """A file that was replaced by a video of another size is not squeezed into the plan."""
+    path, size = plain_video, (64, 96)
+    if name == "transport.ts":
+        path = encode_video(tmp_path / name, **KINDS[name])
+    elif name == "rotated.mp4":
+        path, size = encode_video(tmp_path / name, options=H264, rotation=90), (96, 64)
+    plan = CropPlan(80, 80, 0, 0, 64, 64)
+    options = {"plan": plan, "backend": backend}
+    assert np.array_equal(
+        decode_frames(path, [3], size=size, **options), decode_frames(path, [3], **options)
+    )
+    for wrong in (size[::-1], (64, 98), (62, 96)):
+        message = f"frames are {size[1]}x{size[0]} .*, expected {wrong[1]}x{wrong[0]}: was the file"
+        with pytest.raises(VideoDecodeError, match=message):
+            decode_frames(path, [3], size=wrong, **options)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+@pytest.mark.timeout(20)
+def test_not_a_regular_file(backend, tmp_path):
+    """Opening a pipe waits for a writer, and a device has no end."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/urandom")
+    (tmp_path / "folder.mp4").mkdir()
+    for name, kind in [
+        ("pipe.mp4", "a pipe, socket or device"),
+        ("device.mp4", "a pipe, socket or device"),
+        ("folder.mp4", "a directory"),
+    ]:
+        message = rf"{name}: {kind}, not a regular file"
+        for read in (probe_video, count_decodable_frames):
+            with pytest.raises(VideoDecodeError, match=message):
+                read(tmp_path / name)
+        with pytest.raises(VideoDecodeError, match=message):
+            decode_frames(tmp_path / name, [0], backend=backend)
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "none.mp4")
+    with pytest.raises(VideoDecodeError, match=r"dangling.mp4: No such file"):
+        decode_frames(tmp_path / "dangling.mp4", [0], backend=backend)
 
 
 def test_decord_decodes_plain_video(plain_video, caplog):
