@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
+from i3d_gn.norm import BatchRenorm, FrozenBatchNorm, GroupNorm, make_norm
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
         ("frozen_bn", FrozenBatchNorm),
         ("ln", GroupNorm),
         ("in", GroupNorm),
+        ("brn", BatchRenorm),
         ("none", nn.Identity),
     ],
 )
@@ -36,6 +37,21 @@ def test_number_of_groups():
     assert make_norm("in", 64).num_groups == 64
 
 
+def test_options_of_batch_renorm():
+    def options(layer):
+        return layer.r_max, layer.d_max, layer.schedule, layer.stats_batch_size
+
+    assert (
+        options(make_norm("brn", 4))
+        == options(BatchRenorm(4))
+        == (3, 5, (5000, 40_000, 25_000), None)
+    )
+    assert options(make_norm("brn", 4, r_max=1.5)) == (1.5, 5, None, None)
+    assert options(make_norm("brn", 4, d_max=0.5, stats_batch_size=2)) == (3, 0.5, None, 2)
+    assert options(make_norm("brn", 4, schedule=(1, 2, 3))) == (3, 5, (1, 2, 3), None)
+    assert options(make_norm("brn", 4, stats_batch_size=2)) == (*options(BatchRenorm(4))[:3], 2)
+
+
 def test_statistics_of_each_norm():
     x = torch.randn(3, 64, 2, 4, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
     expected = {
@@ -52,7 +68,7 @@ def test_statistics_of_each_norm():
 
 def test_layers_for_images():
     x = torch.randn(2, 32, 3, 5)
-    for name in ("gn", "bn", "frozen_bn", "ln", "in", "none"):
+    for name in ("gn", "bn", "frozen_bn", "ln", "in", "brn", "none"):
         assert make_norm(name, 32, spatial_dims=2)(x).shape == x.shape
     assert type(make_norm("bn", 32, spatial_dims=2)) is nn.BatchNorm2d
 
@@ -69,6 +85,9 @@ def test_layers_for_images():
         ({"name": "bn", "num_groups": 4}, "do not set them for 'bn'"),
         ({"name": "ln", "channels_per_group": 4}, "do not set them for 'ln'"),
         ({"name": "bn", "spatial_dims": 1}, "spatial_dims=1"),
+        ({"name": "bn", "r_max": 2.0}, "do not set them for 'bn'"),
+        ({"name": "gn", "d_max": 2.0}, "do not set them for 'gn'"),
+        ({"name": "sync_bn", "schedule": (1, 2, 3)}, "do not set them for 'sync_bn'"),
     ],
 )
 def test_errors(arguments, message):

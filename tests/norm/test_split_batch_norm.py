@@ -111,7 +111,7 @@ def test_options_and_defaults():
 def test_errors():
     layer = SplitBatchNorm(5, 4)
     for shape in ((4, 6, 2, 2), (8,)):
-        for training in (True, False):
+        for training in (False, True):
             with pytest.raises(ValueError, match="C = 5"):
                 layer.train(training)(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"6 samples is not a multiple of stats_batch_size=4"):
