@@ -17,6 +17,7 @@ import platform
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import markdown_table
@@ -101,6 +102,13 @@ def _to_bfloat16(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch
     return (inputs[0].to(torch.bfloat16),)
 
 
+def _cells(row: dict[str, Any], batch_norm: dict[str, Any]) -> list[str]:
+    cells = [f"{row['clip']}, 224²", row["norm"]]
+    for key in ("saved_bytes", "peak_bytes"):
+        cells += [f"{row[key] / 1e6:.1f}", f"{row[key] / batch_norm[key]:.2f}"]
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="32x2 only")
@@ -117,21 +125,7 @@ def main() -> None:
     batch_norm = {row["clip"]: row for row in rows if row["norm"] == "BatchNorm3d"}
     table = markdown_table(
         ["clip", "norm", "saved, MB", "of BatchNorm3d", "peak, MB", "of BatchNorm3d"],
-        (
-            (
-                f"{row['clip']}, 224²",
-                row["norm"],
-                *(
-                    f"{value:.{digits}f}"
-                    for key in ("saved_bytes", "peak_bytes")
-                    for value, digits in (
-                        (row[key] / 1e6, 1),
-                        (row[key] / batch_norm[row["clip"]][key], 2),
-                    )
-                ),
-            )
-            for row in rows
-        ),
+        (_cells(row, batch_norm[row["clip"]]) for row in rows),
     )
     print(table)
     if args.json:
