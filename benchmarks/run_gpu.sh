@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under 8 minutes: tests on the device, then the two benchmarks.
+# Everything that needs a GPU, in under 8 minutes: GPU tests, then two benchmarks.
 #
 #   benchmarks/run_gpu.sh [FOLDER]      results go to FOLDER, benchmarks/results by default
 #
-# Needs nothing but this checkout, PyTorch >= 2.11 with Triton, and pytest; pytorchvideo adds peers,
-# the package's other dependencies the tests of training.
+# Requires only this checkout, PyTorch >= 2.11 with Triton, and pytest. With pytorchvideo there are
+# more peers, with the package's other dependencies also the tests of training.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results="${1:-benchmarks/results}"
@@ -14,8 +14,8 @@ python="${PYTHON:-python3}"
 failed=0
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)' || exit 1
-# The tests of the kernels, all on the device; without the fixtures of tests/ and the project's pytest
-# options, which need packages that a bare GPU machine lacks.
+# Tests of the kernels, without the fixtures of tests/ and the project's pytest options, which require
+# packages that a bare GPU machine lacks.
 timeout 170 "$python" -m pytest -q -p no:cacheprovider --noconftest -c /dev/null --rootdir . \
     --import-mode=importlib tests/norm/test_fused.py 2>&1 | tee "$results/gpu_tests.log" || failed=1
 if "$python" -c 'import av, omegaconf, pyarrow, pytest_timeout, safetensors, yaml' 2>/dev/null; then
