@@ -451,6 +451,12 @@ def test_indivisible_channels_are_an_error(num_groups):
         group_norm(torch.randn(2, 8, 3), num_groups)
 
 
+def test_smallest_number_of_channels():
+    assert GroupNorm(1, 1).num_channels == 1
+    with pytest.raises(ValueError, match=r"num_channels=0"):
+        GroupNorm(1, 0)
+
+
 def test_wrong_input_is_an_error():
     with pytest.raises(ValueError, match=r"\(2, 6, 3\).*C = 8"):
         GroupNorm(4, 8)(torch.randn(2, 6, 3))
