@@ -79,11 +79,39 @@ class RandomClips(Dataset[Batch]):
             else:
                 labels.append(int(self.index.labels[sample.item]))
         if not labels:  # the network still runs on a blank clip: in DDP the other ranks wait for it
-            blank = torch.zeros_like(clips[:1])
-            return Batch(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1), tuple(broken))
+            return self.skipped(samples, "")._replace(broken=tuple(broken))
         return Batch(
             clips[: len(labels)], torch.tensor(labels), torch.ones(len(labels)), tuple(broken)
         )
+
+    def split(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """One key per sample, see `i3d_gn.data.loader.Containable`."""
+        return [[sample] for sample in samples]
+
+    def merge(self, batches: Sequence[Batch]) -> Batch:
+        """One batch of several, without their blank clips unless there is nothing else."""
+        kept = [b for b in batches if b.weights.any()] or [*batches[:1]]
+        return Batch(
+            torch.cat([b.inputs for b in kept]),
+            torch.cat([b.labels for b in kept]),
+            torch.cat([b.weights for b in kept]),
+            tuple(line for b in batches for line in b.broken),
+        )
+
+    def skipped(self, samples: Sequence[Sample], reason: str) -> Batch:
+        """The blank batch that stands for samples that cannot be loaded."""
+        size = self.crop_size
+        blank = torch.zeros(1, self.num_frames, size, size, 3, dtype=torch.uint8)
+        broken = tuple(f"{self.describe([sample])}: {reason}" for sample in samples)
+        return Batch(blank, torch.zeros(1, dtype=torch.int64), torch.zeros(1), broken)
+
+    def describe(self, samples: Sequence[Sample]) -> str:
+        """Paths of the videos."""
+        return ", ".join(self.index.paths[sample.item] for sample in samples)
+
+    def num_bytes(self, samples: Sequence[Sample]) -> int:
+        """Bytes of the clips."""
+        return len(samples) * self.num_frames * self.crop_size**2 * 3
 
     def _decode(self, sample: Sample, *, out: np.ndarray) -> None:
         rng = np.random.default_rng((self.seed, self.stream, self.salt, sample.position))
@@ -206,8 +234,32 @@ class TestVideos(Dataset[TestVideo]):
             with index.file_of(video) as path:
                 frames = decode_frames(path, unique, plan=plan, backend=self.backend)
         except VideoDecodeError as error:
-            none = torch.empty(0, dtype=torch.uint8)
-            return TestVideo(video, label, none, none, (), str(error))
+            return self.skipped(video, str(error))
         return TestVideo(
             video, label, torch.from_numpy(frames), torch.from_numpy(inverse), tuple(crops), None
         )
+
+    def split(self, video: int) -> list[int]:
+        """A video is loaded whole, see `i3d_gn.data.loader.Containable`."""
+        return [video]
+
+    def merge(self, videos: Sequence[TestVideo]) -> TestVideo:
+        """The one video."""
+        (video,) = videos
+        return video
+
+    def skipped(self, video: int, reason: str) -> TestVideo:
+        """What stands for a video that cannot be loaded."""
+        none = torch.empty(0, dtype=torch.uint8)
+        return TestVideo(video, int(self.index.labels[video]), none, none, (), reason)
+
+    def describe(self, video: int) -> str:
+        """Path of the video."""
+        return self.index.paths[video]
+
+    def num_bytes(self, video: int) -> int:
+        """Bytes of the frames, as if no two clips shared one."""
+        index = self.index
+        height, width = int(index.heights[video]), int(index.widths[video])
+        frames = min(int(index.num_frames[video]), self.num_clips * self.num_frames)
+        return frames * 3 * self.short_side**2 * max(height, width) // min(height, width)

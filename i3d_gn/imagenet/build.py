@@ -7,7 +7,7 @@ import os
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from i3d_gn.data import loader
 from i3d_gn.data.batches import Batch, Sample
@@ -124,7 +124,7 @@ def images_per_forward(config: ImagenetConfig, process: Process) -> int:
 
 def image_loader(
     images: Dataset[Batch], order: Sampler[list[Sample]], config: ImagenetConfig, process: Process
-) -> DataLoader[Batch]:
+) -> loader.Loader[Batch]:
     """A loader of micro-batches."""
     workers = num_workers(config, process)
     return loader.batch_loader(images, order, num_workers=workers, device=process.device)

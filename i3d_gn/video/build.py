@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from i3d_gn.data import loader
 from i3d_gn.data.batches import Batch, Sample, Stream
@@ -173,10 +173,16 @@ def random_clips(
 
 def clip_loader(
     clips: RandomClips, order: Sampler[list[Sample]], config: Config, process: Process
-) -> DataLoader[Batch]:
+) -> loader.Loader[Batch]:
     """A loader of micro-batches."""
     workers = num_workers(config, process)
-    return loader.batch_loader(clips, order, num_workers=workers, device=process.device)
+    return loader.batch_loader(
+        clips,
+        order,
+        num_workers=workers,
+        device=process.device,
+        timeout_seconds=config.data.timeout_seconds,
+    )
 
 
 def test_videos(index: VideoIndex, config: Config) -> TestVideos:

@@ -44,9 +44,8 @@ class DataConfig:
     root: str | None = machine_key(None)  # folder of the videos; None: as recorded in the indexes
     decoder: Literal["pyav", "decord"] = "pyav"
     num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
-    mean: tuple[float, ...] | None = (
-        None  # RGB in [0, 1]; None: those of the weights, or ImageNet's
-    )
+    timeout_seconds: float = machine_key(300.0)  # for a worker to load a batch or a test video
+    mean: tuple[float, ...] | None = None  # RGB in [0, 1]; None: the weights', or ImageNet's
     std: tuple[float, ...] | None = None
     max_broken_clips: int = 1000  # training stops if more clips fail to decode,
     max_broken_share: float = 0.2  # or this share of them
@@ -151,7 +150,12 @@ def _check_values(config: Config, path: Path) -> None:
             "test.short_side",
             "test.clips_per_forward",
         ),
-        positive=("train.clip_grad_norm", "train.rank_timeout_minutes", "data.std"),
+        positive=(
+            "train.clip_grad_norm",
+            "train.rank_timeout_minutes",
+            "data.timeout_seconds",
+            "data.std",
+        ),
         not_negative=(
             "seed",
             "clip.stride",

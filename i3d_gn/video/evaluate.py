@@ -113,6 +113,7 @@ def evaluate_model(
         tag=tag,
         process=process,
         num_workers=build.num_workers(config, process),
+        timeout_seconds=config.data.timeout_seconds,
     )
 
 

@@ -69,6 +69,7 @@ def score_videos(
     tag: str,
     process: Process,
     num_workers: int,
+    timeout_seconds: float = 300.0,
 ) -> TestOutcome | None:
     """Score every video once, split across the ranks; the outcome on rank 0, None elsewhere.
 
@@ -88,7 +89,13 @@ def score_videos(
     barrier()  # before any rank adds a part: all must skip the same videos
     todo = [video for video in range(len(videos)) if video not in done]
     mine = todo[process.rank :: process.world_size]
-    loader = video_loader(videos, mine, num_workers=num_workers, device=process.device)
+    loader = video_loader(
+        videos,
+        mine,
+        num_workers=num_workers,
+        device=process.device,
+        timeout_seconds=timeout_seconds,
+    )
     scorer.model.eval()
     pending: list[VideoScore] = []
     started = time.monotonic()

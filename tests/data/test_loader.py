@@ -1,16 +1,21 @@
+import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from multiprocessing import resource_sharer
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from i3d_gn.data.batches import Stream
+from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.loader import (
-    _ignore_interrupts,
+    Loader,
+    _reset_signals,
     batch_loader,
     default_num_workers,
     limit_compute_threads,
@@ -22,7 +27,7 @@ from i3d_gn.video_io.index import VideoIndex
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_yield_the_same_batches_as_the_main_process(motion_set, start_method):
+def test_workers_yield_the_same_batches_as_the_main_process(motion_set, start_method, monkeypatch):
     clips = RandomClips(
         VideoIndex.load(motion_set.train_index),
         num_frames=4,
@@ -39,7 +44,8 @@ def test_workers_yield_the_same_batches_as_the_main_process(motion_set, start_me
         first_step=0, last_step=3,
     )  # fmt: skip
     loader = batch_loader(clips, order, num_workers=2, device=torch.device("cpu"))
-    loader.multiprocessing_context = start_method
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context",
+                        multiprocessing.get_context(start_method))  # fmt: skip
     expected = [clips[samples] for samples in order]
     for batch, reference in zip(loader, expected, strict=True):
         assert torch.equal(batch.inputs, reference.inputs)
@@ -52,7 +58,7 @@ def _worker_whose_parent_disconnects(stderr_path, error):
     with open(stderr_path, "w") as stderr:
         os.dup2(stderr.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    _ignore_interrupts(0)
+    _reset_signals(0)
     os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: to all processes of the group
     if error is not None:
         sys.excepthook(type(error), error, None)
@@ -104,3 +110,141 @@ def test_compute_threads_leave_the_workers_their_cores(
         monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
     limit_compute_threads(torch.device(device), 1, num_workers=num_workers)
     assert threads[-1] == expected
+
+
+CPU = torch.device("cpu")
+
+
+class Numbers(Dataset):
+    """Item k is [k] for a key [k], [k, l] for [k, l]; some numbers break their worker."""
+
+    def __init__(self, breaks, numbers=()):
+        self.breaks, self.numbers, self.main = breaks, set(numbers), os.getpid()
+
+    def __getitem__(self, key):
+        for number in key:
+            if number in self.numbers and os.getpid() != self.main:
+                self.breaks()
+        return torch.tensor(key)
+
+    def split(self, key):
+        return [[number] for number in key]
+
+    def merge(self, items):
+        return torch.cat([torch.as_tensor(item) for item in items])
+
+    def skipped(self, key, reason):
+        self.reason = reason
+        return [-number for number in key]
+
+    def describe(self, key):
+        return f"number {key}"
+
+    def num_bytes(self, key):
+        return 8 * len(key)
+
+
+KEYS = [[2 * i + 1, 2 * i + 2] for i in range(8)]
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang():
+    time.sleep(1000)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "reason"),
+    [(crash, r"worker died \(SIGSEGV\)"), (hang, "longer than 2 s"), (stop, "longer than 2 s")],
+)
+def test_sample_that_breaks_its_worker_is_skipped(breaks, reason, caplog):
+    data = Numbers(breaks, {5, 12})
+    loader = Loader(data, KEYS, num_workers=2, device=CPU, timeout_seconds=2)
+    handler = signal.getsignal(signal.SIGCHLD)
+    got = torch.cat([torch.as_tensor(item) for item in loader]).tolist()
+    assert got == [-n if n in (5, 12) else n for n in range(1, 17)]
+    assert re.search(reason, data.reason)
+    assert re.search(reason, caplog.text)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    assert not multiprocessing.active_children()
+
+
+def test_worker_killed_once_costs_nothing(tmp_path, caplog):
+    def dies_once():
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "died").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does for want of memory
+
+    data = Numbers(dies_once, {5})
+    loader = Loader(data, KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    assert torch.cat(list(loader)).tolist() == list(range(1, 17))
+    assert "worker died (SIGKILL)" in caplog.text
+
+
+def test_worker_that_dies_over_other_data_is_a_one_line_error():
+    class Plain(Dataset):
+        def __getitem__(self, key):
+            crash()
+
+    loader = Loader(Plain(), KEYS, num_workers=1, device=CPU, timeout_seconds=60)
+    with pytest.raises(ValueError, match=r"worker died \(SIGSEGV\).*samples were among \[1, 2\]"):
+        list(loader)
+
+
+def test_errors_of_the_dataset_reach_the_caller():
+    def fails():
+        raise RuntimeError("of the dataset")
+
+    loader = Loader(Numbers(fails, {5}), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    with pytest.raises(RuntimeError, match="of the dataset"):
+        list(loader)
+    assert not multiprocessing.active_children()
+
+
+def test_stall_names_what_is_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr("i3d_gn.data.loader._STALL_SECONDS", 1.0)
+    monkeypatch.setattr("i3d_gn.data.loader._POLL_SECONDS", 0.5)
+    data = Numbers(lambda: time.sleep(3), {5})
+    loader = Loader(data, KEYS, num_workers=1, device=CPU, timeout_seconds=60)
+    assert len(list(loader)) == 8
+    (line,) = [r.getMessage() for r in caplog.records if "waiting for data" in r.getMessage()]
+    assert "number [5, 6]" in line
+
+
+def test_small_shared_memory_is_an_error_before_anything_hangs(monkeypatch):
+    class Large(Numbers):
+        def num_bytes(self, key):
+            return 10**15
+
+    loader = Loader(Large(crash), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    with pytest.raises(ValueError, match=r"/dev/shm has .* MB free, and 2 loader workers need"):
+        list(loader)
+    loader.num_workers = 0
+    assert len(list(loader)) == 8
+
+
+def test_broken_clips_are_merged_like_those_of_one_batch(motion_set):
+    index = VideoIndex.load(motion_set.train_index)
+    clips = RandomClips(
+        index, num_frames=4, stride=2, short_side=(40, 48), crop_size=32, flip_probability=0.5,
+        backend="pyav", seed=0, stream=Stream.TRAIN_CLIP,
+    )  # fmt: skip
+    samples = [Sample(position, 2 * position) for position in range(3)]
+    whole = clips[samples]
+    parts = [clips[key] for key in clips.split(samples)]
+    for ours, expected in zip(clips.merge(parts), whole, strict=True):
+        assert torch.equal(ours, expected) if isinstance(ours, torch.Tensor) else ours == expected
+    parts[1] = clips.skipped([samples[1]], "crashed")
+    merged = clips.merge(parts)
+    assert torch.equal(merged.inputs, whole.inputs[[0, 2]])
+    assert merged.labels.tolist() == whole.labels[[0, 2]].tolist()
+    assert merged.broken == (f"{index.paths[2]}: crashed",)
+    nothing = clips.merge([clips.skipped([sample], "crashed") for sample in samples])
+    assert (nothing.weights.tolist(), len(nothing.broken)) == ([0.0], 3)
+    assert clips.num_bytes(samples) == whole.inputs.numel()

@@ -145,6 +145,9 @@ KEYS = {
     "data.mean": (["data.mean=[0.1,0.2,0.3]"], lambda b: starting_input(b)[0], (0.1, 0.2, 0.3)),
     "data.std": (["data.std=[0.4,0.5,0.6]"], lambda b: starting_input(b)[1], (0.4, 0.5, 0.6)),
     "data.max_broken_clips": (["data.max_broken_clips=5"], lambda b: b.loop.task.max_broken, 5),
+    "data.timeout_seconds": (
+        ["data.timeout_seconds=7"], lambda b: b.task.training_batches(0).timeout_seconds, 7.0
+    ),
     "data.max_broken_share": (
         ["data.max_broken_share=0.5"], lambda b: b.loop.task.max_broken_share, 0.5
     ),
