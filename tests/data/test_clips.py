@@ -144,3 +144,7 @@ def test_union_rejects_other_input(matrix):
 def test_an_empty_video_has_no_clips():
     with pytest.raises(ValueError, match="video_length is 0"):
         random_start(0, num_frames=1, stride=1, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match="video_length is 0"):
+        spaced_starts(0, num_clips=1, num_frames=1, stride=1, spacing="nonlocal")
+    with pytest.raises(ValueError, match="video_length is 0"):
+        clip_indices(0, num_frames=1, stride=1, video_length=0)

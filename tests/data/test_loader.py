@@ -10,7 +10,7 @@ from multiprocessing import resource_sharer
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.loader import (
@@ -185,6 +185,24 @@ def test_worker_killed_once_costs_nothing(tmp_path, caplog):
     loader = Loader(data, KEYS, num_workers=2, device=CPU, timeout_seconds=60)
     assert torch.cat(list(loader)).tolist() == list(range(1, 17))
     assert "worker died (SIGKILL)" in caplog.text
+
+
+def test_worker_killed_while_it_hands_over_an_item_costs_nothing(monkeypatch, caplog):
+    loader = Loader(Numbers(crash), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    received = []
+    failures = iter([ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+    following = DataLoader.__iter__
+
+    def fails_twice(data_loader):
+        for item in following(data_loader):
+            if len(received) in (4, 10) and (failure := next(failures, None)):
+                raise failure
+            yield item
+
+    monkeypatch.setattr(DataLoader, "__iter__", fails_twice)
+    for item in loader:
+        received += item.tolist()
+    assert received == list(range(1, 17))
 
 
 def test_worker_that_dies_over_other_data_is_a_one_line_error():

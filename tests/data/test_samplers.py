@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from i3d_gn.data.batches import Stream
 from i3d_gn.data.samplers import EachItemOnce, ShuffledMicroBatches, micro_batches_per_rank
 
 
@@ -60,3 +61,15 @@ def test_each_item_once_over_all_ranks(num_items, world_size):
         assert len(of_rank) == len(order)
         seen += [sample.item for samples in of_rank for sample in samples]
     assert sorted(seen) == list(range(num_items))
+
+
+def test_streams_keep_their_numbers():
+    """Another number would change what a run draws, even one that resumes."""
+    assert {stream.name: stream.value for stream in Stream} == {
+        "SHUFFLE": 0,
+        "TRAIN_CLIP": 1,
+        "VALIDATION_CLIP": 2,
+        "PRECISE_BN_CLIP": 3,
+        "DROPOUT": 4,
+        "TRAIN_IMAGE": 5,
+    }

@@ -140,6 +140,15 @@ def test_evaluation_crops_explain_their_errors(options, message):
         evaluation_crops(256, 340, **{"short_side": 256, **options})
 
 
+def test_a_single_pixel_is_a_valid_size():
+    rng = np.random.default_rng(0)
+    plan = random_crop_plan(1, 1, short_side=(1, 1), crop_size=1, flip_probability=0.0, rng=rng)
+    assert plan == CropPlan(1, 1, 0, 0, 1, 1)
+    for mode, crop_size in (("full", None), ("center", 1)):
+        plan, crops = evaluation_crops(1, 1, short_side=1, mode=mode, crop_size=crop_size)
+        assert (plan, crops) == (CropPlan(1, 1, 0, 0, 1, 1), [(0, 0, 1, 1)])
+
+
 def test_plan_must_lie_in_the_frame():
     with pytest.raises(ValueError, match="must lie inside"):
         CropPlan(256, 340, 40, 0, 224, 224)
@@ -165,13 +174,15 @@ def test_normalization_against_float64(memory_format):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "mean"),
+    ("shape", "dtype", "mean", "std", "message"),
     [
-        ((2, 3, 4, 5, 6), torch.float32, (0.5, 0.5, 0.5)),
-        ((3, 4, 5, 6), torch.uint8, (0.5, 0.5, 0.5)),
-        ((2, 3, 4, 5, 6), torch.uint8, (0.5,)),
+        ((2, 3, 4, 5, 6), torch.float32, (0.5, 0.5, 0.5), (1, 1, 1), "must be uint8"),
+        ((3, 4, 5, 6), torch.uint8, (0.5, 0.5, 0.5), (1, 1, 1), "must be uint8"),
+        ((2, 3, 4, 5, 6), torch.uint8, (0.5,), (1, 1, 1), "must have one number for each"),
+        ((2, 3, 4, 5, 6), torch.uint8, (0.5, 0.5, 0.5), (1,), "must have one number for each"),
+        ((2, 3, 4, 5, 6), torch.uint8, (0.5, 0.5, 0.5), (1, 0, 1), "std must be positive"),
     ],
 )
-def test_normalization_explains_its_errors(shape, dtype, mean):
-    with pytest.raises(ValueError, match="must"):
-        normalize_clips(torch.zeros(shape, dtype=dtype), mean, mean)
+def test_normalization_explains_its_errors(shape, dtype, mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        normalize_clips(torch.zeros(shape, dtype=dtype), mean, std)

@@ -55,10 +55,11 @@ def test_broken_video_is_skipped_and_reported(index, monkeypatch):
     (line,) = batch.broken
     assert "damaged" in line
     assert str(index.path_of(1)) in line
-    blank = clips[[Sample(1, 1)]]
-    assert blank.inputs.shape[0] == 1
+    blank = clips[[Sample(1, 1), Sample(2, 1)]]
+    assert blank.inputs.shape[0] == len(blank.labels) == 1
+    assert not blank.inputs.any()
     assert blank.weights.tolist() == [0]
-    assert len(blank.broken) == 1
+    assert len(blank.broken) == 2
     video = make_test_videos(index)[1]
     assert video.broken is not None
     assert "damaged" in video.broken
@@ -92,6 +93,7 @@ def test_each_needed_frame_is_decoded_once(index, monkeypatch):
 def test_aligned_starts_share_frames(index):
     starts = [make_test_videos(index, align_starts=a)[0] for a in (False, True)]
     assert len(starts[1].frames) == 10  # every second of 20 frames
+    assert (2 * starts[1].clips[:, 0]).tolist() == [0, 4, 10, 14]  # 0, 5, 10, 15 rounded down
     assert len(starts[0].frames) == 20
 
 

@@ -40,6 +40,9 @@ def test_metrics_ignore_samples_of_weight_0_and_reset():
     assert values["loss"] == pytest.approx(losses[kept].mean().item())
     hits = (logits.argmax(1) == labels)[kept]
     assert values["top1"] == pytest.approx(100 * hits.float().mean().item())
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)[kept]
+    assert 0 < (ranks < 5).sum() < 6
+    assert values["top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
     assert (values["samples"], values["broken"]) == (6, 2)
     assert metrics.read_and_reset()["samples"] == 0
 
