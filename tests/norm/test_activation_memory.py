@@ -12,6 +12,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_activation_memory.
 
 def test_group_norm_saves_no_more_than_frozen_batch_norm(monkeypatch):
     monkeypatch.setenv("I3D_GN_NORM_KERNEL", "triton")
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
     benchmark = runpy.run_path(str(BENCHMARK))
     saved, peak = {}, {}
     for norm, make in benchmark["NORMS"].items():
