@@ -8,13 +8,19 @@ from i3d_gn.engine.metrics import ClassificationMetrics, video_metrics
 
 def test_video_metrics_against_hand_counts():
     scores = np.array(
-        [[0.9, 0.1, 0, 0, 0, 0], [0.1, 0.9, 0, 0, 0, 0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]]
+        [
+            [0.9, 0.1, 0, 0, 0, 0],
+            [0.1, 0.9, 0, 0, 0, 0],
+            [0.5, 0.4, 0.3, 0.2, 0.1, 0.0],
+            [0.1, 0.9, 0, 0, 0, 0],
+            [0.1, 0.9, 0, 0, 0, 0],
+        ]
     )
-    metrics = video_metrics(scores, np.array([0, 0, 5]))
-    assert metrics.top1 == pytest.approx(100 / 3)
-    assert metrics.top5 == pytest.approx(200 / 3)  # the last class of six is not among five
-    assert metrics.mean_class_accuracy == pytest.approx((50 + 0) / 2)
-    assert metrics.num_videos == 3
+    metrics = video_metrics(scores, np.array([0, 0, 5, 1, 1]))
+    assert metrics.top1 == pytest.approx(100 * 3 / 5)
+    assert metrics.top5 == pytest.approx(100 * 4 / 5)  # the last class of six is not among five
+    assert metrics.mean_class_accuracy == pytest.approx((50 + 0 + 100) / 3)
+    assert metrics.num_videos == 5
 
 
 def test_ties_rank_by_class_id_and_top5_exists_for_few_classes():
@@ -56,3 +62,17 @@ def test_metrics_continue_from_saved_state():
     for each in (metrics, resumed):
         each.update(losses, logits, labels, ones, 1)
     assert metrics.read_and_reset() == resumed.read_and_reset()
+
+
+def test_state_is_summed_over_ranks_without_changing_them(monkeypatch):
+    def two_equal_ranks(tensor):
+        return tensor.mul_(2)  # in place, like `torch.distributed.all_reduce`
+
+    monkeypatch.setattr("i3d_gn.engine.metrics.all_reduce_sum", two_equal_ranks)
+    metrics = ClassificationMetrics(torch.device("cpu"))
+    metrics.update(torch.ones(3), torch.eye(3), torch.arange(3), torch.ones(3), 1)
+    for _ in range(2):
+        assert metrics.state() == [6, 6, 6, 6, 2]
+    assert metrics.read_and_reset() == {
+        "loss": 1, "top1": 100, "top5": 100, "samples": 6, "broken": 2
+    }  # fmt: skip

@@ -107,6 +107,15 @@ def test_sgd_state_loads_across_memory_formats(channels_last):
         assert torch.equal(a, b)
 
 
+def test_loaded_state_does_not_choose_the_kernel():
+    """The fused one must not run under loss scaling, whatever the run that saved used."""
+    saved = build_sgd(nn.Linear(2, 2), Recipe(precision="fp32")).state_dict()
+    optimizer = build_sgd(nn.Linear(2, 2), Recipe(precision="fp16"))
+    assert saved["param_groups"][0]["fused"]
+    load_sgd_state(optimizer, saved)
+    assert not optimizer.param_groups[0]["fused"]
+
+
 def test_skipped_fp16_step_leaves_momentum_unchanged():
     parameter = nn.Parameter(torch.ones(3))
     model = nn.ParameterList([parameter])

@@ -37,6 +37,15 @@ def test_precise_bn_equals_population_statistics():
     assert not get_bn_modules(small_model("frozen_bn"))
 
 
+def test_precise_bn_uses_batch_statistics_after_a_validation():
+    """A later layer's input depends on the mode of the earlier ones."""
+    fresh, validated = small_model("bn"), small_model("bn").eval()
+    for model in (fresh, validated):
+        update_bn_stats(model, [clip_batch(2)], TO_DEVICE)
+    for key, value in fresh.state_dict().items():
+        torch.testing.assert_close(value, validated.state_dict()[key], rtol=0, atol=0)
+
+
 def test_precise_bn_skips_batches_without_a_clip():
     blank = Batch(
         torch.zeros(1, 8, 36, 36, 3, dtype=torch.uint8),

@@ -136,6 +136,15 @@ def test_command_in_reproduce_md_is_the_papers_experiment(row, tmp_path):
     assert flat_values(load(config, overrides)) == expected
 
 
+def test_defaults_are_the_papers_recipe(tmp_path):
+    minimal = tmp_path / "minimal.yaml"
+    minimal.write_text(
+        "output_dir: out\ndata: {train_folder: data/imagenet/train, val_folder: data/imagenet/val}"
+    )
+    defaults = flat_values(load_imagenet_config(minimal))
+    assert {key: defaults[key] for key in RECIPE} == RECIPE
+
+
 def test_reproduce_md_has_one_command_per_cell():
     names = [run_name(row) for row in ROWS]
     assert len(names) == 31

@@ -111,6 +111,26 @@ def test_table_8_configs_differ_only_where_the_table_does():
         assert [m / recipe.steps for m in recipe.milestones] == [150 / 400, 300 / 400]
 
 
+def test_defaults_are_the_baseline_of_table_8(tmp_path):
+    """With the values that have no default, and what the network starts from."""
+    path = REPOSITORY / "configs" / "kinetics400" / "gn_32x2_8clips.yaml"
+    baseline = load_config(path)
+    minimal = write(
+        tmp_path,
+        f"""
+output_dir: {baseline.output_dir}
+model: {{weights: {baseline.model.weights}}}
+data:
+  train_index: {baseline.data.train_index}
+  val_index: {baseline.data.val_index}
+  mean: {list(baseline.data.mean)}
+  std: {list(baseline.data.std)}
+train: {{steps: {baseline.train.steps}, milestones: {list(baseline.train.milestones)}}}
+""",
+    )
+    assert load_config(minimal) == baseline
+
+
 def test_numbers_in_scientific_notation_are_floats(tmp_path):
     assert load_config(write(tmp_path, MINIMAL)).train.lr == 1e-4
 
