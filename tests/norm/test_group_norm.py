@@ -386,8 +386,11 @@ def test_empty_input(shape):
     y = layer(x)
     assert y.shape == shape
     assert y.dtype == x.dtype
-    assert layer(x, relu=True, residual=x.float()).dtype == x.dtype
-    y.sum().backward()
+    residual = x.detach().float().requires_grad_()
+    with_residual = layer(x, relu=True, residual=residual)
+    assert with_residual.dtype == x.dtype
+    (y.sum() + with_residual.sum()).backward()
+    assert residual.grad is not None
     assert x.grad is not None
     assert x.grad.shape == shape
     assert torch.equal(layer.weight.grad, torch.zeros(8))
@@ -438,7 +441,9 @@ def test_without_affine_parameters():
 
 def test_channels_per_group():
     layer = GroupNorm.from_channels_per_group(16, 64)
-    assert layer.num_groups == 4
+    assert (layer.num_groups, layer.eps, layer.affine) == (4, 1e-5, True)
+    layer = GroupNorm.from_channels_per_group(1, 4, eps=0.1, affine=False)
+    assert (layer.num_groups, layer.eps, layer.affine) == (4, 0.1, False)
     with pytest.raises(ValueError, match=r"num_channels=24.*channels_per_group=16.*divisors"):
         GroupNorm.from_channels_per_group(16, 24)
 
