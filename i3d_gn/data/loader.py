@@ -160,14 +160,14 @@ class _Workers(Generic[ItemT]):
         while True:
             try:
                 return next(self._items)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if str(error).startswith("Caught"):  # by the dataset, in the worker
+                    raise
+                raise self._died() from error  # while it was handing over an item
             except RuntimeError as error:
                 waited = time.monotonic() - started
                 if str(error).startswith("DataLoader worker"):
-                    codes = {p.exitcode for p in self._processes} - {None, 0}
-                    raise _WorkerLostError(
-                        f"a loader worker died ({_cause(codes)}), by a decoder that crashed or for "
-                        "want of memory"
-                    ) from error
+                    raise self._died() from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 if waited >= self._limit:
@@ -177,6 +177,14 @@ class _Workers(Generic[ItemT]):
                 if waited >= _STALL_SECONDS and not told:
                     told = True
                     logger.warning("waiting for data for %.0f s: %s", waited, self._next_names())
+
+    def _died(self) -> _WorkerLostError:
+        for process in self._processes:
+            process.join(timeout=0.1)
+        codes = {process.exitcode for process in self._processes} - {None, 0}
+        return _WorkerLostError(
+            f"a loader worker died ({_cause(codes)}), because a decoder crashed or memory ran out"
+        )
 
     def kill(self) -> None:
         """End the processes, even those that hang or are stopped."""

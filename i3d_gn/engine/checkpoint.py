@@ -168,7 +168,10 @@ def _write(path: Path, step: int, contents: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"checkpoint {path} cannot be written ({reason})") from error
+        raise OSError(
+            f"checkpoint {path} cannot be written ({reason}); make sure that the disk is not full, "
+            "and run the same command again to resume"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:

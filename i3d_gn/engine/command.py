@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from i3d_gn.engine.host_memory import keep_freed_memory
+from i3d_gn.files import printable
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
@@ -32,7 +33,7 @@ def run_command(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{stopped}; run the same command again to resume", file=sys.stderr)

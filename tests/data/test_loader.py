@@ -187,19 +187,20 @@ def test_worker_killed_once_costs_nothing(tmp_path, caplog):
     assert "worker died (SIGKILL)" in caplog.text
 
 
-def test_worker_killed_while_it_hands_over_an_item_costs_nothing(monkeypatch, caplog):
+@pytest.mark.parametrize("failure", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_worker_killed_while_it_hands_over_an_item_costs_nothing(monkeypatch, failure):
     loader = Loader(Numbers(crash), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
     received = []
-    failures = iter([ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+    failures = {4: failure}
     following = DataLoader.__iter__
 
-    def fails_twice(data_loader):
+    def fails_once(data_loader):
         for item in following(data_loader):
-            if len(received) in (4, 10) and (failure := next(failures, None)):
-                raise failure
+            if len(received) in failures:
+                raise failures.pop(len(received))
             yield item
 
-    monkeypatch.setattr(DataLoader, "__iter__", fails_twice)
+    monkeypatch.setattr(DataLoader, "__iter__", fails_once)
     for item in loader:
         received += item.tolist()
     assert received == list(range(1, 17))
