@@ -7,7 +7,8 @@ from torch import nn
 
 from i3d_gn.data.batches import Batch
 from i3d_gn.data.to_device import ToDevice
-from i3d_gn.engine.classification import ClassificationTask, validate
+from i3d_gn.engine.checkpoint import CheckpointError
+from i3d_gn.engine.classification import ClassificationTask, saved_normalization, validate
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.trainer import Trainer
@@ -73,6 +74,37 @@ def test_step_is_sgd_on_the_mean_loss_of_the_global_batch():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_gradients_are_reduced_once_per_step_after_the_last_micro_batch():
+    model, drawn, reduced_after = nn.parallel.DistributedDataParallel(small_model()), [], []
+
+    def reduce(_state, bucket):
+        reduced_after.append(len(drawn))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    def batches():
+        while True:
+            drawn.append(clip_batch(2, seed=len(drawn)))
+            yield drawn[-1]
+
+    model.register_comm_hook(None, reduce)
+    trainer, stream = trainer_for(model, micro_batches=3), batches()
+    for step in range(2):
+        trainer.step(step, stream)
+    assert set(reduced_after) == {3, 6}
+
+
 def test_broken_clip_contributes_no_gradient():
     with_gap, scaled = small_model(), small_model()
     batch = clip_batch(1)
@@ -135,12 +167,30 @@ def test_non_finite_loss_is_reported_with_its_step():
     trainer.check_finite(everything=True)
     with torch.no_grad():
         model.head.linear.bias[0] = float("inf")
-    with pytest.raises(NonFiniteLossError, match="a parameter is not finite"):
+    with pytest.raises(NonFiniteLossError, match=r"parameter head\.linear\.bias is not finite"):
         trainer.check_finite(everything=True)
     trainer.step(1, iter([clip_batch(2)]))
     trainer.step(2, iter([clip_batch(2)]))
     with pytest.raises(NonFiniteLossError, match="not finite at step 2"):
         trainer.check_finite()
+
+
+def test_everything_that_a_checkpoint_saves_is_checked():
+    model = small_model("bn")
+    trainer = trainer_for(model)
+    trainer.step(0, iter([clip_batch(2)]))
+    momentum = trainer.optimizer.state[model.head.linear.bias]["momentum_buffer"]
+    for what, tensor in (
+        ("buffer norm1.running_var", model.norm1.running_var),
+        ("momentum_buffer of head.linear.bias", momentum),
+    ):
+        before = tensor[0].item()
+        tensor[0] = float("nan")
+        trainer.check_finite()
+        with pytest.raises(NonFiniteLossError, match=what):
+            trainer.check_finite(everything=True)
+        tensor[0] = before
+    trainer.check_finite(everything=True)
 
 
 def test_validation_counts_every_clip_and_changes_nothing():
@@ -156,6 +206,48 @@ def test_validation_counts_every_clip_and_changes_nothing():
     assert (values["samples"], values["broken"], broken) == (3, 1, ["gone"])
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_validation_without_a_sample_is_an_error():
+    blank = clip_batch(1, broken=("a: damaged",))._replace(weights=torch.zeros(1))
+    with pytest.raises(ValueError, match="no sample of the validation.*: a: damaged"):
+        validate(small_model(), [blank], TO_DEVICE)
+
+
+def test_normalization_is_saved_with_the_weights():
+    assert saved_normalization(OnlyLoss().state()) == (TO_DEVICE.mean, TO_DEVICE.std)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({}, "mean is None"),
+        ({"input": [0.5, 0.2]}, "mean is None"),
+        ({"input": {"mean": [0.5] * 3, "std": [0.2] * 2}}, r"std is \[0.2, 0.2\]"),
+        ({"input": {"mean": [0.5] * 3, "std": 0.2}}, "std is 0.2"),
+        ({"input": {"mean": ["a"] * 3, "std": [0.2] * 3}}, "mean is .*'a'"),
+    ],
+)
+def test_damaged_normalization_is_an_error(saved, message):
+    with pytest.raises(CheckpointError, match=message):
+        saved_normalization(saved)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_network_runs_in_its_precision_and_the_loss_in_float32(precision, dtype):
+    to_device = ToDevice(
+        device=torch.device("cpu"), mean=TO_DEVICE.mean, std=TO_DEVICE.std, precision=precision
+    )
+    logits = []
+    model = small_model().eval()
+    model.register_forward_hook(lambda *args: logits.append(args[2]))
+    batch = clip_batch(2)
+    loss = OnlyLoss(to_device).loss(model, batch)
+    assert (logits[0].dtype, loss.dtype) == (dtype, torch.float32)
+    assert torch.equal(loss, F.cross_entropy(logits[0].float(), batch.labels))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
