@@ -171,8 +171,13 @@ def test_non_finite_loss_is_reported_with_its_step():
         trainer.check_finite(everything=True)
     trainer.step(1, iter([clip_batch(2)]))
     trainer.step(2, iter([clip_batch(2)]))
-    with pytest.raises(NonFiniteLossError, match="not finite at step 2"):
+    with pytest.raises(NonFiniteLossError, match="not finite at step 2$"):
         trainer.check_finite()
+    diverged_at_once = trainer_for(model)
+    for step in range(2):
+        diverged_at_once.step(step, iter([clip_batch(2)]))
+    with pytest.raises(NonFiniteLossError, match="not finite at step 1$"):
+        diverged_at_once.check_finite()
 
 
 def test_everything_that_a_checkpoint_saves_is_checked():
