@@ -35,7 +35,7 @@ from data_tools.command_line import (
 )
 from data_tools.file_status import file_fingerprint, has_size
 from data_tools.step import Item, RunOptions, print_unfinished, run_step
-from i3d_gn.files import atomic_output, remove_unfinished
+from i3d_gn.files import atomic_output, printable, remove_unfinished
 from i3d_gn.video_io.index import VideoIndex, write_packed_index
 
 _FACTS = (
@@ -107,7 +107,7 @@ def pack_shards(
         unit="shard",
     )
     for name, reason in sorted(step.failures.items()):
-        print(f"{output / name}: {reason}")
+        print(printable(f"{output / name}: {reason}"))
     if run_options.dry_run or step.left or step.failures:
         print_unfinished(step, run_options)
         return 1 if step.failures else 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from i3d_gn.files import printable
+
 _MOST_SHOWN = 5
 
 
 def print_first(findings: Sequence[str]) -> None:
     """Print the first findings, indented, one per line, and how many more there are."""
     for finding in findings[:_MOST_SHOWN]:
-        print(f"    {finding}")
+        print(f"    {printable(finding)}")
     if len(findings) > _MOST_SHOWN:
         print(f"    ... and {len(findings) - _MOST_SHOWN} more")

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 # What file systems without locks answer, such as Lustre mounted without `flock`.
@@ -30,7 +30,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     host = re.sub(r"\W", "-", socket.gethostname())
-    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+    temporary = path.with_name(f".{_short_name(path.name)}.{host}-{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -43,13 +43,20 @@ def remove_unfinished(root: Path, outputs: Iterable[str]) -> None:
 
     Temporary files of other outputs stay: another process may be writing them.
     """
-    wanted = frozenset(outputs)
+    paths = map(PurePosixPath, outputs)
+    wanted = {path.with_name(_short_name(path.name)).as_posix() for path in paths}
     for folder, _, names in os.walk(root) if wanted else ():
         relative = Path(folder).relative_to(root)
         for name in names:
             match = _UNFINISHED.fullmatch(name)
             if match and (relative / match["output"]).as_posix() in wanted:
                 Path(folder, name).unlink(missing_ok=True)
+
+
+def _short_name(name: str) -> str:
+    """`name`, or a hash of it if a temporary name made of it could exceed 255 bytes."""
+    encoded = name.encode(errors="surrogateescape")
+    return name if len(encoded) <= 160 else hashlib.sha256(encoded).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +68,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: file names may hold escape codes of terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -1,6 +1,13 @@
 import pytest
 
-from i3d_gn.files import atomic_output, file_sha256, write_json, write_text
+from i3d_gn.files import (
+    atomic_output,
+    file_sha256,
+    printable,
+    remove_unfinished,
+    write_json,
+    write_text,
+)
 
 
 def write_half(path):
@@ -20,6 +27,27 @@ def test_output_appears_complete_or_not_at_all(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00fc" * 127, "x" * 160, "x" * 161])
+def test_names_as_long_as_the_file_system_allows(tmp_path, name):
+    with atomic_output(tmp_path / name) as temporary:
+        temporary.write_text("new")
+        unfinished = temporary.name
+    assert (tmp_path / name).read_text() == "new"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / unfinished).touch()
+    remove_unfinished(tmp_path, [name, "a/b"])
+    assert (tmp_path / "a" / unfinished).exists()
+    remove_unfinished(tmp_path, [f"a/{name}"])
+    assert list((tmp_path / "a").iterdir()) == []
+    assert (tmp_path / name).exists()
+
+
+def test_escape_codes_are_printable():
+    assert (
+        printable("\u00fc \x1b[31m\x9b\n\u202e\udcff") == "\u00fc " + r"\x1b[31m\x9b\n\u202e\udcff"
+    )
 
 
 def test_json_is_readable_utf8(tmp_path):
