@@ -4,10 +4,12 @@ Every .tar, .tar.gz and .tgz below ARCHIVES is extracted to the same folder belo
 called replacement* are extracted first; each of their videos takes the place and name of a video in
 another archive with the same 11-character YouTube id.
 
-Only video files are written, and only below OUTPUT: links, devices and paths that lead outside are
-refused and reported. A video appears only when complete. To resume, run the same command again:
-finished archives are skipped, and so are existing videos of the others. From a damaged archive the
-videos before the damage are extracted, and it is reported: delete it and download it again.
+Only video files are written, and only below OUTPUT: links, devices and paths that lead outside, or
+through a link in OUTPUT that does, are refused and reported. An archive fails if it expands to more
+than 100 times its size (and 1 GiB). A video appears only when complete. To resume, run the same
+command again: finished archives are skipped, and so are existing videos of the others. From a
+damaged archive the videos before the damage are extracted, and it is reported: delete it and
+download it again.
 
 OUTPUT/extract.report.json has the counts, refused members, failed archives and replaced videos.
 Exit status: 0, or 1 if an archive failed, 2 for a user error.
@@ -15,18 +17,16 @@ Exit status: 0, or 1 if an archive failed, 2 for a user error.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import gzip
 import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from data_tools.annotations import split_segment_name
 from data_tools.command_line import (
     add_run_options,
     new_parser,
@@ -35,12 +35,17 @@ from data_tools.command_line import (
 )
 from data_tools.file_status import file_fingerprint
 from data_tools.find_videos import is_video_name
+from data_tools.listed_videos import split_segment_name
 from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
+from data_tools.safe_tar import check_expansion, open_tar, why_refused
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from i3d_gn.files import atomic_output, remove_unfinished, write_json
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
+# Errors of a file system that concern the name of one file: too long, not representable, or taken
+# by a folder, or below a file.
+_BAD_NAME = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,24 +127,25 @@ def _extract_item(
     replaced: list[str] = []
     refused: list[dict[str, str]] = []
     written: set[str] = set()
+    archive_bytes = (archives / name).stat().st_size
     try:
-        with _open_tar(archives / name) as tar:
+        with open_tar(archives / name) as tar:
             for member in tar:
+                check_expansion(member, archive_bytes=archive_bytes)
                 if member.isdir() or _is_skipped(member.name):
-                    continue
-                reason = _why_refused(member)
-                if reason is not None:
-                    shown = member.name.encode(errors="backslashreplace").decode()
-                    refused.append({"member": shown, "reason": reason})
                     continue
                 path = PurePosixPath(os.path.normpath(member.name))
                 target = output / folder / path
                 replacement = replacements.get(split_segment_name(path.stem))
+                reason = why_refused(member, output / folder, output) or _extract_video(
+                    tar, member, target, output / replacement if replacement else None
+                )
+                if reason is not None:
+                    shown = member.name.encode(errors="backslashreplace").decode()
+                    refused.append({"member": shown, "reason": reason})
+                    continue
                 if replacement is not None:
-                    _place_copy(output / replacement, target)
                     replaced.append((folder / path).as_posix())
-                elif not _is_extracted(target, member):
-                    _write(tar, member, target)
                 written.add(path.as_posix())
                 num_videos += 1
                 num_bytes += target.stat().st_size
@@ -160,35 +166,20 @@ def _extract_item(
     }
 
 
-@contextlib.contextmanager
-def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open an archive to read its members in order, and check at the end that it was complete.
-
-    `tarfile` takes a damaged or missing header in the middle for the end of the archive. The real
-    end is a block of zeros, followed by the checksum of gzip.
-    """
-    open_archive = open if path.name.endswith(".tar") else gzip.open
-    with open_archive(path, "rb") as stream:
-        watched = _LastBlock(cast("BinaryIO", stream))
-        with tarfile.open(fileobj=cast("BinaryIO", watched), mode="r:") as tar:
-            yield tar
-            if watched.last_block.strip(b"\0") or not watched.last_block:
-                raise tarfile.ReadError("the archive is truncated or its next header is damaged")
-            while stream.read(2**20):
-                pass
-
-
-class _LastBlock:
-    """A readable file that keeps the last block read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.last_block = b""
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        self.last_block = self._file.read(size)
-        return self.last_block
+def _extract_video(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, replacement: Path | None
+) -> str | None:
+    """Write `member`, or its replacement, to `target`; return why its name is refused, if it is."""
+    try:
+        if replacement is not None:
+            _place_copy(replacement, target)
+        elif not _is_extracted(target, member):
+            _write(tar, member, target)
+    except OSError as error:
+        if error.errno not in _BAD_NAME:
+            raise
+        return f"the file system refuses its name ({error.strerror})"
+    return None
 
 
 def _is_skipped(name: str) -> bool:
@@ -197,26 +188,18 @@ def _is_skipped(name: str) -> bool:
     return base.startswith(".") or not is_video_name(base)
 
 
-def _why_refused(member: tarfile.TarInfo) -> str | None:
-    if not member.isreg():
-        return "a link" if member.islnk() or member.issym() else "not a regular file"
-    if member.issparse():
-        return "a sparse file, which could fill the disk from a few bytes"
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-        return "its path leads outside the folder"
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in member.name):
-        return "its name is not UTF-8"
-    return None
-
-
 def _is_extracted(target: Path, member: tarfile.TarInfo) -> bool:
     """Whether an earlier run extracted the member, and the file has not changed since."""
     try:
-        status = target.stat()
+        status = target.lstat()  # A link is not what was extracted.
     except FileNotFoundError:
         return False
-    return (status.st_size, int(status.st_mtime)) == (member.size, int(member.mtime))
+    return (status.st_size, int(status.st_mtime)) == (member.size, _mtime(member))
+
+
+def _mtime(member: tarfile.TarInfo) -> int:
+    """Modification time in seconds; archives may hold any number."""
+    return int(member.mtime) if 0 <= member.mtime < 2**33 else 0
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
@@ -227,7 +210,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
             shutil.copyfileobj(source, file)
         if temporary.stat().st_size != member.size:
             raise tarfile.ReadError(f"{member.name} is truncated")
-        os.utime(temporary, (member.mtime, member.mtime))
+        os.utime(temporary, (_mtime(member), _mtime(member)))
 
 
 def _place_copy(replacement: Path, target: Path) -> None:

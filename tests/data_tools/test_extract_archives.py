@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.processes import ItemFailure
+from data_tools.safe_tar import check_expansion
 from i3d_gn import cli
 
 
@@ -151,6 +153,104 @@ def test_sparse_members_and_invalid_names_are_refused(tmp_path):
     assert refused["caf\\udce9.mp4"] == "its name is not UTF-8"
     assert refused["caf\\udce9 link.mp4"] == "a link"
     assert refused["sparse.mp4"].startswith("a sparse file")
+
+
+def test_links_in_the_output_folder_do_not_lead_out(tmp_path):
+    """Whether they were there before, or an earlier archive of the release made them."""
+    outside, output = tmp_path / "outside", tmp_path / "videos"
+    (outside / "deep").mkdir(parents=True)
+    (output / "inside").mkdir(parents=True)
+    (output / "train").symlink_to(outside)
+    (output / "val").symlink_to("inside")
+    pack(tmp_path / "archives" / "train" / "a.tar", [A])
+    pack(tmp_path / "archives" / "train" / "deep" / "b.tar", [B])
+    pack(tmp_path / "archives" / "val" / "c.tar", [C])
+    pack(tmp_path / "archives" / "d.tar", [("train/" + D[0], D[1])])
+    pack(tmp_path / "archives" / "replacement.tar", [(D[0], b"better")])
+    assert run(tmp_path / "archives", output) == 0
+    assert content_of(outside) == {}
+    assert content_of(output / "inside") == {C[0]: C[1]}
+    refused = {entry["archive"]: entry["reason"] for entry in report_of(output)["refused"]}
+    assert set(refused) == {"train/a.tar", "train/deep/b.tar", "d.tar"}
+    assert refused["d.tar"] == f"a link in the output folder leads outside, to {outside}"
+
+
+def test_link_in_place_of_a_video_is_replaced(tmp_path):
+    secret, output = tmp_path / "secret.mp4", tmp_path / "videos"
+    secret.write_bytes(A[1])
+    os.utime(secret, (1_500_000_000, 1_500_000_000))
+    output.mkdir()
+    (output / A[0]).symlink_to(secret)
+    (output / B[0]).symlink_to(tmp_path / "new.mp4")
+    pack(tmp_path / "archives" / "a.tar", [A, B])
+    assert run(tmp_path / "archives", output) == 0
+    assert [(output / name).is_symlink() for name, _ in (A, B)] == [False, False]
+    assert not (tmp_path / "new.mp4").exists()
+
+
+def test_bad_names_do_not_fail_an_archive(tmp_path):
+    """Too long for the file system, a file where a folder must be, a folder in place of a file."""
+    long, almost = "x" * 300 + ".mp4", "y" * 251 + ".mp4"
+    members = [(long, b"1"), ("a.mp4", b"2"), ("a.mp4/b.mp4", b"3"), (almost, b"4"), A]
+    pack(tmp_path / "archives" / "odd.tar.gz", [*members, ("f/g.mp4", b"5"), ("f", b"6")])
+    output = tmp_path / "videos"
+    (output / "taken.mp4").mkdir(parents=True)
+    pack(tmp_path / "archives" / "second.tar", [("taken.mp4", b"7"), B])
+    assert run(tmp_path / "archives", output) == 0
+    assert content_of(output) == {
+        "a.mp4": b"2",
+        almost: b"4",
+        A[0]: A[1],
+        B[0]: B[1],
+        "f/g.mp4": b"5",
+    }
+    refused = {entry["member"]: entry["reason"] for entry in report_of(output)["refused"]}
+    assert set(refused) == {long, "a.mp4/b.mp4", "taken.mp4"}
+    assert refused[long] == "the file system refuses its name (File name too long)"
+
+
+def test_times_out_of_range(tmp_path):
+    infos = []
+    for i, mtime in enumerate(("-5", "1e30", "nan", "1500000000.5")):
+        info = tarfile.TarInfo(f"{i}.mp4")
+        info.pax_headers = {"mtime": mtime}
+        infos.append(info)
+    pack(tmp_path / "archives" / "odd.tar", infos)
+    output = tmp_path / "videos"
+    assert run(tmp_path / "archives", output) == 0
+    times = [int((output / f"{i}.mp4").stat().st_mtime) for i in range(4)]
+    assert times == [0, 0, 0, 1_500_000_000]
+
+
+def test_decompression_bomb_is_refused(tmp_path, capsys):
+    """5 GiB of zeros in 5 MB; the videos before it are extracted, and other archives too."""
+    bomb = tmp_path / "archives" / "bomb.tar.gz"
+    bomb.parent.mkdir()
+    info = tarfile.TarInfo("bomb.mp4")
+    info.size = 5 * 2**30
+    with gzip.open(bomb, "wb", compresslevel=9) as file:
+        file.write(bytes(raw_tar(tmp_path, [A]))[: 512 + -(-len(A[1]) // 512) * 512])
+        file.write(info.tobuf())
+        file.write(bytes(2**20))
+    pack(tmp_path / "archives" / "good.tar", [B])
+    output = tmp_path / "videos"
+    assert run(bomb.parent, output) == 1
+    (failed,) = report_of(output)["failed"]
+    assert failed["archive"] == "bomb.tar.gz"
+    assert "expand to more than 1073741824" in failed["reason"]
+    assert "stopped at 'bomb.mp4'" in failed["reason"]
+    assert content_of(output) == {A[0]: A[1], B[0]: B[1]}
+
+
+def test_large_but_incompressible_archives_are_no_bombs(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.safe_tar._ALWAYS_ALLOWED_BYTES", 1000)
+    archive = pack(tmp_path / "a.tar.gz", [A])
+    with tarfile.open(archive) as tar:
+        (member,) = tar
+    size = member.offset_data + member.size
+    check_expansion(member, archive_bytes=size // 100 + 1)
+    with pytest.raises(ItemFailure, match="100 times its size"):
+        check_expansion(member, archive_bytes=size // 100 - 1)
 
 
 def test_unfinished_files_of_a_killed_run_are_removed(tmp_path):
