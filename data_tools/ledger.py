@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import zlib
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ _SHARD_SUFFIX = re.compile(r"\.\d+-of-\d+")
 
 
 class Ledger:
-    """An append-only file of JSON lines `[key, fingerprint, result, time]`.
+    """An append-only file of JSON lines `[key, fingerprint, result, time, CRC-32 of the line]`.
 
     A fingerprint is all that the result depends on (size and time of the source, parameters); an
     entry with another fingerprint counts as absent. A line is written in one call after the item is
     done, so a kill loses at most the items in progress and records none that is unfinished. An
-    incomplete last line is ignored, and removed before lines are appended.
+    incomplete last line is ignored, and removed before lines are appended; lines with another CRC
+    are ignored, so that their items are done again.
 
     Each shard of a step (`shard` = "2-of-8") appends to its own file, `path` with the shard as
     suffix, and each run reads all of them: machines that share a folder never write the same file,
@@ -41,15 +43,24 @@ class Ledger:
     def _entries(self) -> dict[str, tuple[Any, Any, float]]:
         entries: dict[str, tuple[Any, Any, float]] = {}
         for ledger in _siblings(self._common_path):
-            for line in _complete_lines(ledger):
-                try:
-                    key, fingerprint, result, seconds = json.loads(line)
-                except ValueError:  # Left by a full disk or a power failure.
-                    continue
+            lines = _complete_lines(ledger)
+            valid = [line for line in lines if _has_valid_crc(line)]
+            if len(valid) < len(lines):  # After a full disk, a power failure, a bad disk.
+                print(
+                    f"{ledger}: {len(lines) - len(valid)} damaged lines ignored; their items are "
+                    "done again",
+                    file=sys.stderr,
+                )
+            for line in valid:
+                key, fingerprint, result, seconds, _ = json.loads(line)
                 known = entries.get(key)
                 if known is None or known[2] <= seconds:
                     entries[key] = fingerprint, result, seconds
         return entries
+
+    def exists(self) -> bool:
+        """Whether any run has recorded results here, or started to."""
+        return bool(_siblings(self._common_path))
 
     def get(self, key: str, fingerprint: Any) -> Any | None:
         """The result recorded for `key`, or None if there is none with this fingerprint."""
@@ -64,13 +75,14 @@ class Ledger:
     def record(self, key: str, fingerprint: Any, result: Any) -> None:
         """Append a result (JSON other than None); it survives a kill after this returns."""
         assert result is not None
-        # The round trip through JSON makes tuples lists, as they are when read back.
-        line = json.dumps([key, fingerprint, result, time.time()], ensure_ascii=False)
         assert self._file is not None, "enter the ledger before recording"
-        self._file.write(line.encode(errors="surrogateescape") + b"\n")
+        entry = json.dumps([key, fingerprint, result, time.time()], ensure_ascii=False)
+        line = entry.removesuffix("]").encode(errors="surrogateescape")
+        self._file.write(b"%s, %d]\n" % (line, zlib.crc32(line)))
         self._file.flush()
-        _, *entry = json.loads(line)
-        self._entries[key] = tuple(entry)
+        # The round trip through JSON makes tuples lists, as they are when read back.
+        _, fingerprint, result, seconds = json.loads(entry)
+        self._entries[key] = fingerprint, result, seconds
 
     def __enter__(self) -> Ledger:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +114,11 @@ def _siblings(path: Path) -> list[Path]:
             and _SHARD_SUFFIX.fullmatch(file.name.removeprefix(path.name))
         )
     )
+
+
+def _has_valid_crc(line: bytes) -> bool:
+    entry, _, crc = line.rpartition(b", ")
+    return crc.strip() == b"%d]" % zlib.crc32(entry)
 
 
 def _complete_lines(path: Path) -> list[bytes]:

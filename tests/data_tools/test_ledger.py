@@ -48,11 +48,33 @@ def test_incomplete_last_line_is_removed(path, kept_bytes):
         assert [ledger.get(key, 1) for key in "abc"] == ["done", None, "done"]
 
 
-def test_damaged_line_is_skipped(path):
-    path.parent.mkdir()
-    path.write_bytes(b'["a", 1, "done", 5.0]\n\0\0\0\n["b", 1, "done", 5.0]\n')
+@pytest.fixture
+def lines(path):
+    """The lines of a ledger of three items."""
     with Ledger(path) as ledger:
-        assert [ledger.get(key, 1) for key in "ab"] == ["done", "done"]
+        for key in "abc":
+            ledger.record(key, 1, {"num_frames": 12})
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\0\0\0\n", b"\n", b"5\n", b"null\n", b"{}\n", b"[]\n", b'[[], 1, "done", 5.0]\n', b"\xff\n"],
+)
+def test_line_of_another_kind_is_skipped(path, lines, damaged, capsys):
+    path.write_bytes(lines[0] + damaged + lines[2])
+    with Ledger(path) as ledger:
+        assert [ledger.get(key, 1) is not None for key in "abc"] == [True, False, True]
+    assert f"{path}: 1 damaged lines ignored" in capsys.readouterr().err
+
+
+def test_any_flipped_byte_is_found(path, lines):
+    """Also where the line stays valid JSON: 12 frames must not become 13."""
+    for i in range(len(lines[1]) - 1):
+        damaged = bytearray(lines[1])
+        damaged[i] ^= 1
+        path.write_bytes(lines[0] + damaged + lines[2])
+        assert [Ledger(path).get(key, 1) is not None for key in "abc"] == [True, False, True], i
 
 
 def test_fingerprint_changes_with_the_file(tmp_path):
