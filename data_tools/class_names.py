@@ -4,36 +4,81 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
+import re
+import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from i3d_gn.video_io.index import UNKNOWN_LABEL, VideoIndex
 
 # A label in a list: an id, a name, or None for an unlabeled video.
 Label = int | str | None
 
+# `1 Archery`, as in UCF101's classInd.txt.
+_NUMBERED_NAME = re.compile(r"(\d+)[\s,;:]\s*(\S.*)")
 
-def read_label_map(path: Path) -> list[str]:
-    """Class names in the order of their ids, from a text file (one per line) or an index.
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Class names in the order of their ids; lists number the classes from `first_number`."""
+
+    names: list[str]
+    first_number: int = 0
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read a text file (one name per line, or `number name`), a JSON (name -> id) or an index.
 
     Raises:
         ValueError: For an empty list, a name that occurs twice, or the classes of Kinetics-400 in
             another order than the official one.
     """
     if path.suffix == ".parquet":
-        names = list(VideoIndex.load(path).class_names)
-    elif path.is_file():
-        lines = path.read_text("utf-8-sig").splitlines()
-        names = [line.strip().strip('"') for line in lines if line.strip()]
-    else:
+        label_map = LabelMap(list(VideoIndex.load(path).class_names))
+    elif not path.is_file():
         raise ValueError(
             f"label map not found: {path} (a text file with one class name per line, or an index)"
         )
-    if not names:
+    elif path.suffix.lower() == ".json":
+        label_map = _read_json_label_map(path)
+    else:
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"label map {path} is not a UTF-8 text file: {error}") from None
+        names = [_spelled(line) for line in lines if line.strip()]
+        label_map = _numbered(names) or LabelMap(names)
+    if not label_map.names:
         raise ValueError(f"label map {path} is empty")
-    _ids_by_key(names, source=str(path))
-    _check_official_order(names, source=str(path))
-    return names
+    _ids_by_key(label_map.names, source=str(path))
+    _check_official_order(label_map.names, source=str(path))
+    return label_map
+
+
+def _numbered(lines: Sequence[str]) -> LabelMap | None:
+    """The label map of lines `number name`; None unless they count from 0 or 1."""
+    matches = [_NUMBERED_NAME.fullmatch(line) for line in lines]
+    names = {int(match[1]): _spelled(match[2]) for match in matches if match}
+    numbers = sorted(names)
+    if len(names) < len(lines) or numbers[:1] not in ([0], [1]):
+        return None
+    if numbers[-1] - numbers[0] != len(numbers) - 1:
+        return None
+    return LabelMap([names[number] for number in numbers], numbers[0])
+
+
+def _read_json_label_map(path: Path) -> LabelMap:
+    """`{name: id}`, as of Something-Something."""
+    try:
+        ids = json.loads(path.read_text("utf-8-sig"))
+        names = {int(i): _spelled(name) for name, i in ids.items()}
+        if len(names) < len(ids) or sorted(names) != list(range(len(ids))):
+            raise ValueError("ids must be 0, 1, 2, ...")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"label map {path} is not a JSON of `name: id`: {error}") from error
+    return LabelMap([names[i] for i in range(len(ids))])
 
 
 # More than any data set has: a larger number is not a label but a time, a size or another id.
@@ -68,23 +113,27 @@ def label_ids(
     labels: Sequence[Label],
     *,
     where: Sequence[str],
-    class_names: Sequence[str] | None,
+    label_map: LabelMap | None,
     further_names: Sequence[str] = (),
     source: str,
 ) -> tuple[list[str], list[int]]:
     """Return the class list, and the id of each label in it (-1 for None).
 
+    Names match the class list with spaces and underscores being equal. A number is the name of a
+    class if all names are numbers, and else counts from the first class.
+
     Args:
-        labels: All names or all ids.
+        labels: All names or all numbers.
         where: The place of each label, for messages.
-        class_names: A label map: ids are positions in it, and names match it with spaces and
-            underscores being equal. If None, the class list is all names in `labels` and
-            `further_names`, sorted as Python sorts, which is the official order of Kinetics.
+        label_map: The class list. If None, it is all names in `labels` and `further_names`, sorted
+            as Python sorts, which is the official order of Kinetics, or by value if all are
+            numbers.
         further_names: Classes without a video.
         source: Name of the label map or list, for messages.
 
     Raises:
-        ValueError: For a name or id that is not in the class list, and for ids mixed with names.
+        ValueError: For a label that is not in the class list, names mixed with numbers, and numbers
+            from 1 without a label map.
     """
     first_number = next((i for i, label in enumerate(labels) if isinstance(label, int)), None)
     first_name = next((i for i, label in enumerate(labels) if isinstance(label, str)), None)
@@ -93,36 +142,98 @@ def label_ids(
             f"labels must be all names or all ids, but {where[first_number]} has the id "
             f"{labels[first_number]} and {where[first_name]} the name {labels[first_name]!r}"
         )
-    for label, place in zip(labels, where, strict=True):
-        if isinstance(label, int) and label >= _MAX_CLASSES and class_names is None:
-            raise ValueError(
-                f"label {label} ({place}) would mean {label + 1} classes, more than the limit of "
-                f"{_MAX_CLASSES}; is it a label? Lines are `path label`"
-            )
-    if class_names is None:
-        names = {_spelled(label) for label in labels if isinstance(label, str)}
-        names |= {_spelled(name) for name in further_names}
-        num_ids = 1 + max((label for label in labels if isinstance(label, int)), default=-1)
-        class_names = _merge_spellings(sorted(names)) or [str(i) for i in range(num_ids)]
-        if _is_kinetics_400(class_names):
-            # With both spellings in use, "playing_drums" would sort after "playing guitar".
-            class_names.sort(key=_key)
+    if label_map is None:
+        label_map = LabelMap(_class_list(labels, where=where, further_names=further_names))
 
-    ids_by_key = _ids_by_key(class_names, source=source)
+    names = label_map.names
+    ids_by_key = _ids_by_key(names, source=source)
+    numbers_are_names = all(name.isdecimal() for name in names)
     ids = []
     unknown: dict[Label, str] = {}
     for label, place in zip(labels, where, strict=True):
-        if label is None:
+        if label is None or label == UNKNOWN_LABEL:
             ids.append(UNKNOWN_LABEL)
             continue
-        i = ids_by_key.get(_key(label)) if isinstance(label, str) else label
-        if i is None or not UNKNOWN_LABEL <= i < len(class_names):
+        if isinstance(label, str) or numbers_are_names:
+            i = ids_by_key.get(_key(str(label)))
+        else:
+            i = label - label_map.first_number
+        if i is None or not 0 <= i < len(names):
             unknown.setdefault(label, place)
         else:
             ids.append(i)
     if unknown:
-        raise ValueError(_unknown_message(unknown, class_names, source=source))
-    return list(class_names), ids
+        raise ValueError(_unknown_message(unknown, names, source=source))
+    return names, ids
+
+
+def _class_list(
+    labels: Sequence[Label], *, where: Sequence[str], further_names: Sequence[str]
+) -> list[str]:
+    """The class list of a source without a label map."""
+    numbers = {label: i for i, label in enumerate(labels) if isinstance(label, int) and label >= 0}
+    if numbers:
+        largest, smallest = max(numbers), min(numbers)
+        if largest >= _MAX_CLASSES:
+            raise ValueError(
+                f"label {largest} ({where[numbers[largest]]}) would mean {largest + 1} classes, "
+                f"more than the limit of {_MAX_CLASSES}; is it a label? Lines are `path label`"
+            )
+        if smallest > 0:
+            raise ValueError(
+                f"labels are numbers from {smallest} ({where[numbers[smallest]]}), so it is "
+                "unclear which classes they are; pass a --label-map: lines `number name` if they "
+                "count from 1, or one name per line if they are ids from 0"
+            )
+        return [str(i) for i in range(largest + 1)]
+    names = {_spelled(label) for label in labels if isinstance(label, str)}
+    names |= {_spelled(name) for name in further_names}
+    merged = _merge_spellings(sorted(names))
+    if all(name.isdecimal() for name in merged):
+        return sorted(merged, key=int)
+    if _is_kinetics_400(merged):
+        # With both spellings in use, "playing_drums" would sort after "playing guitar".
+        return sorted(merged, key=_key)
+    return merged
+
+
+def labels_from_folders(paths: Sequence[str], class_names: Sequence[str]) -> list[str] | None:
+    """The class named like a folder of the path, for each path; None unless all have one."""
+    classes = {_key(name): name for name in class_names}
+    labels = [
+        next((classes[_key(part)] for part in parts[-2::-1] if _key(part) in classes), None)
+        for parts in (PurePosixPath(path).parts for path in paths)
+    ]
+    return [label for label in labels if label is not None] if None not in labels else None
+
+
+def check_folders(
+    paths: Sequence[str], ids: Sequence[int], *, where: Sequence[str], class_names: Sequence[str]
+) -> None:
+    """Raise `ValueError` if most paths are in a folder with the name of another class.
+
+    This happens if the list counts classes from 1 but the label map from 0, or if their orders
+    differ. Folders whose names are numbers are ignored: they need not be classes.
+    """
+    classes = {_key(name): i for i, name in enumerate(class_names) if not name.isdecimal()}
+    num_agreeing, first_contradiction, num_contradicting = 0, "", 0
+    for path, i, place in zip(paths, ids, where, strict=True):
+        folders = {part for part in PurePosixPath(path).parts[:-1] if _key(part) in classes}
+        if not folders or i == UNKNOWN_LABEL:
+            continue
+        if i in {classes[_key(folder)] for folder in folders}:
+            num_agreeing += 1
+        else:
+            num_contradicting += 1
+            first_contradiction = first_contradiction or (
+                f"{path} ({place}) is labeled {class_names[i]!r}"
+            )
+    if num_contradicting > num_agreeing:
+        raise ValueError(
+            f"{first_contradiction}, but is in the folder of another class, as are "
+            f"{num_contradicting - 1} more; the list and the --label-map must number the classes "
+            "alike (if the list counts from 1, use lines `1 NAME`, `2 NAME`, ...)"
+        )
 
 
 def _unknown_message(unknown: dict[Label, str], class_names: Sequence[str], *, source: str) -> str:
@@ -146,7 +257,8 @@ def _unknown_message(unknown: dict[Label, str], class_names: Sequence[str], *, s
 
 
 def _spelled(name: str) -> str:
-    return name.strip().strip('"')
+    """Without surrounding blanks and quotes, in the normal form of Unicode (macOS has another)."""
+    return unicodedata.normalize("NFC", name.strip().strip('"'))
 
 
 def _key(name: str) -> str:

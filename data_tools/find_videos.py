@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 VIDEO_EXTENSIONS = frozenset(
     [
         ".3gp",
+        ".asf",
         ".avi",
+        ".dv",
         ".flv",
+        ".gif",
+        ".m2ts",
         ".m4v",
         ".mkv",
         ".mov",
         ".mp4",
         ".mpeg",
         ".mpg",
+        ".mts",
+        ".ogv",
         ".ts",
+        ".vob",
         ".webm",
         ".wmv",
     ]
 )
+
+
+class FoundFiles(NamedTuple):
+    """Paths relative to a folder, with `/`, sorted: videos, and files with other extensions."""
+
+    videos: list[str]
+    others: list[str]
 
 
 def is_video_name(name: str) -> bool:
@@ -28,16 +43,17 @@ def is_video_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
-def find_videos(root: Path) -> list[str]:
-    """Paths of all video files under `root`, relative to it, with `/`, sorted.
+def find_files(root: Path) -> FoundFiles:
+    """Find all files under `root`.
 
     Links to folders are followed, each real folder once. Hidden files and folders are skipped:
     copying programs leave them behind (`._name.mp4`), and unfinished files are hidden.
 
     Raises:
-        ValueError: For a name that is not UTF-8, which neither a list nor an index can hold.
+        ValueError: For a video whose name is not UTF-8: no list or index can hold it.
     """
-    found: list[str] = []
+    videos: list[str] = []
+    others: list[str] = []
     visited: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real_folder = os.path.realpath(folder)
@@ -47,16 +63,18 @@ def find_videos(root: Path) -> list[str]:
         visited.add(real_folder)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(folder).relative_to(root)
-        found += [
-            (relative / name).as_posix()
-            for name in names
-            if is_video_name(name) and not name.startswith(".")
-        ]
-    for path in found:
+        for name in names:
+            if not name.startswith("."):
+                path = (relative / name).as_posix()
+                if is_video_name(name):
+                    videos.append(path)
+                else:
+                    others.append(path.encode(errors="backslashreplace").decode())
+    for path in videos:
         try:
             path.encode()
         except UnicodeEncodeError:
             raise ValueError(
                 f"a file name below {root} is not UTF-8, rename it: {path!a}"
             ) from None
-    return sorted(found)
+    return FoundFiles(sorted(videos), sorted(others))

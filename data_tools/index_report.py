@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.printing import print_first
+from i3d_gn.video_io.index import UNKNOWN_LABEL
+from i3d_gn.video_io.shared_videos import SharedVideo
 
 # Every copy of Kinetics lacks 1 to 5 % of its videos; classes that lack more than this are listed.
 THINNED_FRACTION = 0.10
@@ -26,7 +28,14 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """Counts and rejected videos of one run; `num_..._by_label` map class ids to counts."""
+    """Counts and rejected videos of one run.
+
+    Attributes:
+        num_listed_by_label: Numbers of listed videos by class id.
+        num_indexed_by_label: Numbers of indexed videos by class id.
+        skipped: Files of a folder that are not videos, or not in a class folder.
+        shared: Videos that are also in the index used as label map.
+    """
 
     index: Path
     source: Path
@@ -40,6 +49,8 @@ class IndexReport:
     num_listed_by_label: Counter[int]
     num_indexed_by_label: Counter[int]
     duration_seconds: float
+    skipped: list[str]
+    shared: list[SharedVideo]
 
     @property
     def path(self) -> Path:
@@ -60,7 +71,9 @@ class IndexReport:
             return thinned
         for label, name in enumerate(self.class_names):
             listed, indexed = self.num_listed_by_label[label], self.num_indexed_by_label[label]
-            if indexed < (1 - THINNED_FRACTION) * listed or indexed == 0:
+            # A source need not have videos of every class of a label map.
+            has_none = indexed == 0 and not (listed == 0 and self.shares_class_list)
+            if indexed < (1 - THINNED_FRACTION) * listed or has_none:
                 thinned.append((name, listed, indexed))
         return sorted(thinned, key=lambda entry: entry[2] / max(entry[1], 1))
 
@@ -75,7 +88,10 @@ class IndexReport:
             "num_listed": self.num_listed,
             "num_indexed": self.num_indexed,
             "duration_hours": round(self.duration_seconds / 3600, 3),
+            "num_unlabeled": self.num_indexed_by_label[UNKNOWN_LABEL],
             **{f"num_{verdict}": len(self.rejected_as(verdict)) for verdict in _VERDICTS},
+            "num_skipped": len(self.skipped),
+            "num_shared_with_label_map": len(self.shared),
             "thinned_classes": [
                 {"class_name": name, "num_listed": listed, "num_indexed": indexed}
                 for name, listed, indexed in self.thinned_classes()
@@ -96,6 +112,8 @@ class IndexReport:
                 ]
                 for verdict in _VERDICTS
             },
+            "skipped": self.skipped,
+            "shared_with_label_map": [video._asdict() for video in self.shared],
         }
 
 
@@ -110,6 +128,15 @@ def print_summary(report: IndexReport) -> None:
         if videos:
             print(f"  {verdict}: {len(videos)}")
             print_first([f"{video.path} ({video.where}): {video.reason}" for video in videos])
+    num_unlabeled = report.num_indexed_by_label[UNKNOWN_LABEL]
+    if num_unlabeled:
+        print(f"  unlabeled: {num_unlabeled} of the indexed videos")
+    if report.skipped:
+        print(f"  skipped files (not videos, or not in a class folder): {len(report.skipped)}")
+        print_first(report.skipped)
+    if report.shared:
+        print(f"  warning: {len(report.shared)} videos are also in the index used as label map:")
+        print_first([f"{v.path}: same {v.equal} as {v.other_path}" for v in report.shared])
     thinned = report.thinned_classes()
     if thinned:
         print(

@@ -3,13 +3,18 @@
 SOURCE is one of
   official Kinetics CSV        label,youtube_id,time_start,time_end,split   (with --videos)
   JSON of 3D-ResNets-PyTorch   database -> id -> subset, annotations.label  (with --videos)
-  CSV with a header            path,label
+  JSON of DeepMind's Kinetics  id -> subset, annotations: label, segment    (with --videos)
+  JSON of Something-Something  list of id, template                         (with --videos)
+  folder of HMDB51 splits      <class>_test_split1.txt, ...                 (with --videos)
+  table with a header          columns of paths and labels, e.g. path,label
   list                         path label    (the label follows the last space)
   folder of class folders      <class>/<video>.mp4
-The format is detected from the contents. Labels may be names or ids.
+The format is detected from the contents. Fields may be separated by commas, semicolons, tabs or
+spaces, paths may lack their extension, and labels may be names or ids. Lists without labels get
+them from class folders in their paths, given a --label-map.
 
-Videos of the first two formats are searched by id in all folders below --videos, as
-<id>_<start>_<end>.mp4 or <id>.mp4, or with another extension.
+Videos named by id are searched in all folders below --videos, as <id>_<start>_<end>.mp4 or
+<id>.mp4, or with another extension.
 
 Every video is opened to read its number of frames, frame rate and size. Videos that are missing,
 duplicated, empty or cannot be opened are not indexed; OUTPUT.report.json lists them with reasons.
@@ -30,8 +35,8 @@ from typing import Any
 
 import av
 
-from data_tools.annotations import ListedVideo, read_annotations
-from data_tools.class_names import label_ids, read_label_map
+from data_tools.annotations import read_annotations
+from data_tools.class_names import check_folders, label_ids, labels_from_folders, read_label_map
 from data_tools.command_line import (
     add_run_options,
     new_parser,
@@ -40,11 +45,13 @@ from data_tools.command_line import (
 )
 from data_tools.file_status import file_fingerprint
 from data_tools.index_report import IndexReport, Rejected, print_summary
+from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.probing import Probed, probe
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
 from i3d_gn.files import write_json
-from i3d_gn.video_io.index import VideoRecord, write_index
+from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
+from i3d_gn.video_io.shared_videos import SharedVideo, shared_videos
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,13 +69,14 @@ def main(argv: list[str] | None = None) -> int:
         "--label-map",
         type=Path,
         metavar="FILE",
-        help="class list: a file with one name per line in the order of the ids, or the index of "
-        "another split (default: the names in SOURCE, sorted)",
+        help="class list: a file with one name per line in the order of the ids, or lines "
+        "`number name`, or a JSON `name: id`, or the index of another split (default: the names "
+        "in SOURCE, sorted)",
     )
     parser.add_argument(
         "--split",
         metavar="NAME",
-        help="split to index (train, val, test) of a CSV or JSON that has several",
+        help="split to index (train, val, test) of a source that has several",
     )
     parser.add_argument(
         "--decode",
@@ -103,16 +111,9 @@ def index_videos(
     """
     if output.suffix != ".parquet":
         raise ValueError(f"the index is a Parquet file: name it NAME.parquet, not {output.name}")
-    given_names = read_label_map(label_map) if label_map else None
     annotations = read_annotations(source, split=split)
     root = video_folder(source, annotations, videos)
-    class_names, labels = label_ids(
-        [video.label for video in annotations.videos],
-        where=[video.where for video in annotations.videos],
-        class_names=given_names,
-        further_names=annotations.further_class_names,
-        source=str(label_map or source),
-    )
+    class_names, labels = _class_list_and_ids(source, annotations, label_map)
 
     rejected: list[Rejected] = []
     candidates = _candidates(annotations.videos, labels, root, rejected)
@@ -155,9 +156,39 @@ def index_videos(
         num_listed_by_label=Counter(labels),
         num_indexed_by_label=Counter(record.label for record in records),
         duration_seconds=sum(record.duration_seconds for record in records),
+        skipped=list(annotations.skipped),
+        shared=_shared_with(label_map, output) if records else [],
     )
     write_json(report.path, report.as_json())
     return report
+
+
+def _class_list_and_ids(
+    source: Path, annotations: Annotations, label_map: Path | None
+) -> tuple[list[str], list[int]]:
+    """The class list, and the class id of each video."""
+    given = read_label_map(label_map) if label_map else None
+    labels = [video.label for video in annotations.videos]
+    where = [video.where for video in annotations.videos]
+    paths = [video.name if video.is_path else "" for video in annotations.videos]
+    if given and not any(label is not None for label in labels):
+        labels = labels_from_folders(paths, given.names) or labels
+    class_names, ids = label_ids(
+        labels,
+        where=where,
+        label_map=given,
+        further_names=annotations.further_class_names,
+        source=str(label_map or source),
+    )
+    check_folders(paths, ids, where=where, class_names=class_names)
+    return class_names, ids
+
+
+def _shared_with(label_map: Path | None, output: Path) -> list[SharedVideo]:
+    """The videos that the index `output` shares with the index that is its label map."""
+    if label_map is None or label_map.suffix != ".parquet" or label_map.samefile(output):
+        return []
+    return shared_videos(VideoIndex.load(output), VideoIndex.load(label_map))
 
 
 @dataclass(frozen=True)
@@ -178,7 +209,7 @@ def _candidates(
     found = find_listed_videos(videos, root)
     for video, label, file in zip(videos, labels, found, strict=True):
         if file.path is None:
-            rejected.append(Rejected("missing", video.where, video.name, "no such file"))
+            rejected.append(Rejected("missing", video.where, video.name, file.reason))
             continue
         for other in file.alternatives:
             reason = f"another file of the same video is used: {file.path}"

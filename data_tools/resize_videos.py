@@ -8,9 +8,10 @@ to 70 % more bytes than with the defaults of x264.
 
 A video appears in OUTPUT only when complete. OUTPUT/.resize.ledger.jsonl records finished videos:
 run the same command again to resume. Only new and changed videos are encoded (a source with another
-modification time but the same content is unchanged), or all videos if the options change. Videos
-with any frame that cannot be decoded are not written; OUTPUT/resize.report.json (for a shard
-OUTPUT/resize.I-of-N.report.json) lists them with reasons.
+modification time but the same content is unchanged). Copies made with other options are replaced
+only with --overwrite, each when its new copy is complete. Videos with any frame that cannot be
+decoded are not written; OUTPUT/resize.report.json (for a shard OUTPUT/resize.I-of-N.report.json)
+lists them with reasons.
 
 Exit status: 0, or 1 if no video could be written, 2 for a user error.
 """
@@ -22,8 +23,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
-
 from data_tools.command_line import (
     add_run_options,
     new_parser,
@@ -33,7 +32,7 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint, has_size
-from data_tools.find_videos import find_videos
+from data_tools.find_videos import find_files
 from data_tools.h264 import X264Options
 from data_tools.ledger import Ledger
 from data_tools.printing import print_first
@@ -88,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         metavar="RATE",
         help="resample to RATE frames per second (default: the frames of the source)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace copies that were made with other options",
+    )
     add_run_options(parser, timeout_seconds=1800)
     options = parse_options(parser, argv)
     x264 = X264Options(
@@ -106,7 +110,10 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeReport:
-    """Videos written by this run, kept from earlier runs, and failed (source -> reason)."""
+    """Videos written by this run, kept from earlier runs, and failed (source -> reason).
+
+    `skipped` are files of the source without a video extension.
+    """
 
     output: Path
     shard: Shard | None
@@ -114,6 +121,7 @@ class ResizeReport:
     num_kept: int
     num_bytes: int
     failed: dict[str, str]
+    skipped: list[str]
 
     @property
     def path(self) -> Path:
@@ -128,7 +136,9 @@ class ResizeReport:
             "num_kept": self.num_kept,
             "num_failed": len(self.failed),
             "num_bytes": self.num_bytes,
+            "num_skipped": len(self.skipped),
             "failed": [{"path": path, "reason": why} for path, why in sorted(self.failed.items())],
+            "skipped": self.skipped,
         }
 
     def print_summary(self) -> None:
@@ -138,6 +148,9 @@ class ResizeReport:
             f"{len(self.failed)} failed; {self.num_bytes / 2**20:.1f} MiB"
         )
         print_first([f"{path}: {reason}" for path, reason in sorted(self.failed.items())])
+        if self.skipped:
+            print(f"skipped files (not videos): {len(self.skipped)}")
+            print_first(self.skipped)
         print(f"report: {self.path}")
 
 
@@ -148,6 +161,7 @@ def resize_videos(
     short_side: int,
     fps: float | None,
     x264: X264Options,
+    overwrite: bool,
     run_options: RunOptions,
 ) -> ResizeReport | None:
     """Update `output` from `source`; the report is written to `output` and returned.
@@ -155,7 +169,8 @@ def resize_videos(
     A dry run has no report. The report of a shard does not include the videos of other shards.
 
     Raises:
-        ValueError: If `source` has no videos, or one of the folders is inside the other.
+        ValueError: If `source` has no videos, one of the folders is inside the other, or copies
+            were made with other options, without `overwrite`.
     """
     if not source.is_dir():
         raise ValueError(f"folder not found: {source}")
@@ -164,14 +179,16 @@ def resize_videos(
         raise ValueError(f"neither of {source} and {output} may be inside the other")
     if short_side % 2:
         raise ValueError(f"the short side must be even for H.264, not {short_side}")
-    videos = find_videos(source)
+    videos, skipped = find_files(source)
     if not videos:
         raise ValueError(f"no videos found below {source}")
 
     outputs, failed = _output_names(source, videos)
-    parameters = {"short_side": short_side, "fps": fps, **asdict(x264), "av": av.__version__}
+    parameters = {"short_side": short_side, "fps": fps, **asdict(x264)}
     ledger_path = output / ".resize.ledger.jsonl"
     known = Ledger(ledger_path)
+    if not overwrite:
+        _check_earlier_copies(output, outputs, known, parameters)
     items = []
     for video, name in outputs.items():
         fingerprint = [*file_fingerprint(source / video), parameters]
@@ -194,7 +211,14 @@ def resize_videos(
         print_unfinished(step, run_options)
     if run_options.dry_run:
         return None
-    failed.update(step.failures)
+    for item in items:
+        if item.key in step.failures:
+            copy, earlier = output / outputs[item.key], known.last(item.key)
+            is_broken = step.kinds[item.key] == "refused"
+            if is_broken and earlier and earlier[0][:2] != item.fingerprint[:2]:
+                copy.unlink(missing_ok=True)  # It is a copy of an earlier source.
+            kept = " (its earlier copy is kept)" if copy.exists() else ""
+            failed[item.key] = step.failures[item.key] + kept
     report = ResizeReport(
         output=output,
         shard=run_options.shard,
@@ -202,9 +226,33 @@ def resize_videos(
         num_kept=step.num_kept,
         num_bytes=sum(done["num_bytes"] for done in step.results.values()),
         failed=failed,
+        skipped=skipped,
     )
     write_json(report.path, report.as_json())
     return report
+
+
+def _check_earlier_copies(
+    output: Path, outputs: dict[str, str], known: Ledger, parameters: dict[str, Any]
+) -> None:
+    """Raise `ValueError` if there are copies that were made with other parameters."""
+    entries = {name: known.last(video) for video, name in outputs.items()}
+    others = {
+        name: None if entry is None else entry[0][2]
+        for name, entry in entries.items()
+        # Without an entry, a run may have been killed between writing and recording it.
+        if (entry is None and not known.exists()) or (entry and entry[0][2] != parameters)
+    }
+    existing = [name for name in others if (output / name).exists()]
+    if not existing:
+        return
+    used = others[existing[0]] or {}
+    differences = [f"{k} {used[k]}, now {v}" for k, v in parameters.items() if used.get(k, v) != v]
+    raise ValueError(
+        f"{output} has {len(existing)} copies made with other options "
+        f"({'; '.join(differences) or 'of which there is no record'}), for instance {existing[0]}; "
+        "pass --overwrite to replace them, or choose another folder"
+    )
 
 
 def _output_names(source: Path, videos: list[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -241,8 +289,6 @@ def _transcode_item(
         and has_size(output / name, earlier["num_bytes"])
     ):
         return earlier
-    # If this fails, a copy of an earlier source or with other options must not remain.
-    (output / name).unlink(missing_ok=True)
     try:
         written = transcode(
             source / video, output / name, short_side=short_side, fps=fps, options=x264

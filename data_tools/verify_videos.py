@@ -24,6 +24,7 @@ Exit status: 0, or 1 if more than --max-defects of all videos have defects, 2 fo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +41,7 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint
-from data_tools.find_videos import find_videos
+from data_tools.find_videos import find_files
 from data_tools.full_decode_check import check_video
 from data_tools.printing import print_first
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
@@ -148,16 +149,19 @@ def _listed(
     """The folder, the existing videos, each once, and report entries for missing ones."""
     if source.is_dir() and videos is None:
         root = source.absolute()
-        paths = find_videos(root)
-        there = [path for path in paths if (root / path).is_file()]
-        dangling = set(paths) - set(there)
+        files = find_files(root)
+        if files.others:
+            print(f"skipped files (not videos): {len(files.others)}")
+            print_first(files.others)
+        there = [path for path in files.videos if os.path.isfile(root / path)]
+        dangling = sorted(set(files.videos) - set(there))
         return root, there, [_missing(path, "broken link") for path in dangling]
     annotations = read_annotations(source, split=split)
     root = video_folder(source, annotations, videos)
     found = find_listed_videos(annotations.videos, root)
     paths = list(dict.fromkeys(file.path for file in found if file.path is not None))
     missing = [
-        _missing(video.name, f"no such file ({video.where})")
+        _missing(video.name, f"{file.reason} ({video.where})")
         for video, file in zip(annotations.videos, found, strict=True)
         if file.path is None
     ]

@@ -234,7 +234,90 @@ def test_only_changed_videos_are_encoded_again(tmp_path, place_clip, encode, ima
     (output / "3.mp4").unlink()
     (output / "1.mp4").write_text("another file")
     assert again() == {"1.mp4", "3.mp4"}
-    assert again("--crf", "30") == {"1.mp4", "2.mp4", "3.mp4"}
+    assert again("--crf", "30", "--overwrite") == {"1.mp4", "2.mp4", "3.mp4"}
+
+
+def test_other_options_need_overwrite(tmp_path, place_clip, capsys):
+    """An accidental `resize IN OUT` must not touch copies that were made with options."""
+    for name in ("1", "2"):
+        place_clip(tmp_path / "in" / f"{name}.mp4")
+    source, output = tmp_path / "in", tmp_path / "out"
+    assert run(source, output, "--short-side", 32, "--fps", 5) == 0
+    copies = {path: path.read_bytes() for path in output.glob("*.mp4")}
+    capsys.readouterr()
+    for options in ((), ("--dry-run",), ("--shard", "0/2")):
+        assert run(source, output, *options) == 2
+        error = capsys.readouterr().err
+        assert f"{output} has 2 copies made with other options" in error
+        assert "(short_side 32, now 256; fps 5.0, now None), for instance 1.mp4" in error
+        assert "pass --overwrite" in error
+    assert {path: path.read_bytes() for path in output.glob("*.mp4")} == copies
+    # New videos with the old options, and a deleted copy, need nothing.
+    place_clip(source / "3.mp4")
+    assert run(source, output, "--short-side", 32, "--fps", 5) == 0
+    for path in output.glob("*.mp4"):
+        path.unlink()
+    assert run(source, output) == 0
+    assert report_of(output)["num_written"] == 3
+
+
+def test_copies_without_record_need_overwrite(tmp_path, place_clip, capsys):
+    """Such as someone's own videos, or copies whose ledger was deleted."""
+    place_clip(tmp_path / "in" / "1.mp4")
+    copy = tmp_path / "out" / "1.mp4"
+    copy.parent.mkdir()
+    copy.write_text("another file")
+    assert run(tmp_path / "in", tmp_path / "out") == 2
+    assert "(of which there is no record), for instance 1.mp4" in capsys.readouterr().err
+    assert copy.read_text() == "another file"
+    assert run(tmp_path / "in", tmp_path / "out", "--overwrite") == 0
+    assert count_decodable_frames(copy) == 12
+    # A kill between writing a copy and recording it leaves one of these: nothing to ask about.
+    (tmp_path / "out" / ".resize.ledger.jsonl").write_text("")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+
+
+def test_overwriting_replaces_only_by_complete_copies(tmp_path, place_clip, kill_midway):
+    for i in range(4):
+        place_clip(tmp_path / "in" / f"{i}.mp4")
+    source, output = tmp_path / "in", tmp_path / "out"
+    assert run(source, output, "--crf", 30) == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.mp4")}
+    ledger = output / ".resize.ledger.jsonl"
+    arguments = [source, output, "--overwrite", "--workers", "1"]
+    kill_midway(
+        "resize_videos",
+        "transcode",
+        calls=2,
+        arguments=arguments,
+        is_midway=lambda: ledger.read_bytes().count(b"\n") == 6,
+    )
+    after = {path.name: path.read_bytes() for path in output.glob("[0-9].mp4")}
+    assert sorted(name for name in before if before[name] != after[name]) == ["0.mp4", "1.mp4"]
+    assert run(*arguments[:3]) == 0
+    assert report_of(output)["num_kept"] == 2
+
+
+def test_failure_keeps_the_copy_of_an_unchanged_source(tmp_path, place_clip):
+    """Here the encoder refuses the number of frames."""
+    place_clip(tmp_path / "in" / "1.mp4")
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    copy = tmp_path / "out" / "1.mp4"
+    written = copy.read_bytes()
+    options = ["--gop", 2**31, "--overwrite"]
+    assert run(tmp_path / "in", tmp_path / "out", *options) == 1
+    (failed,) = report_of(tmp_path / "out")["failed"]
+    assert failed["reason"].endswith("(its earlier copy is kept)")
+    assert copy.read_bytes() == written
+
+
+def test_skipped_files_are_named(tmp_path, place_clip, capsys):
+    place_clip(tmp_path / "in" / "a" / "1.MTS")
+    (tmp_path / "in" / "a" / "2.rmvb").touch()
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "a" / "1.mp4").is_file()
+    assert report_of(tmp_path / "out")["skipped"] == ["a/2.rmvb"]
+    assert "skipped files (not videos): 1\n    a/2.rmvb\n" in capsys.readouterr().out
 
 
 def test_broken_source_keeps_no_earlier_copy(tmp_path, place_clip):

@@ -128,3 +128,66 @@ def test_replacement_precedes_corrupted_video(tmp_path):
         "replacement/replacement_for_corrupted_k400/aaaaaaaaaaa_000000_000010.mp4",
         "train/bbbbbbbbbbb_000010_000020.mp4",
     ]
+
+
+def listed_path(name, label=None):
+    return ListedVideo(name=name, label=label, where="x", is_path=True)
+
+
+def test_paths_without_extension(folder):
+    root = folder("a/x.mp4", "a/y.webm", "b/x.mp4", "b/only.avi", "z.v1.mkv", "odd.rm")
+    names = ["a/x", "a/y", "b/x", "only", "z.v1", "a/only", "odd.rm", "x"]
+    assert paths([listed_path(name) for name in names], root) == [
+        "a/x.mp4",
+        "a/y.webm",
+        "b/x.mp4",
+        "b/only.avi",
+        "z.v1.mkv",
+        None,  # Only a name without folder is searched in all folders.
+        "odd.rm",
+        "a/x.mp4",
+    ]
+    (found,) = find_listed_videos([listed_path("x", label="b")], root)
+    assert (found.path, found.alternatives) == ("b/x.mp4", ("a/x.mp4",))
+
+
+def test_path_with_extension_is_not_searched(folder):
+    root = folder("a/x.mp4", "y.mkv")
+    assert paths([listed_path("x.mp4"), listed_path("y.mp4")], root) == [None, None]
+
+
+def test_normal_forms_of_unicode_are_equal(folder):
+    """macOS decomposes accented letters of file names, lists rarely do."""
+    composed, decomposed = "Caf\u00e9", "Cafe\u0301"
+    root = folder(f"{decomposed}/1 {decomposed}.mp4", f"b/{composed}_000010_000020.mp4")
+    videos = [
+        listed_path(f"{composed}/1 {composed}.mp4"),
+        listed_path(f"{composed}/1 {composed}"),
+        listed(decomposed),
+        listed(decomposed, start=30),
+    ]
+    assert paths(videos, root) == [
+        f"{decomposed}/1 {decomposed}.mp4",
+        f"{decomposed}/1 {decomposed}.mp4",
+        f"b/{composed}_000010_000020.mp4",
+        None,
+    ]
+
+
+def test_folders_of_frames_are_named(folder):
+    root = folder("videos/7/00001.jpg", "videos/8/00001.jpg")
+    seven = ListedVideo(name="7", label="x", where="x", is_path=False)
+    videos = [seven, listed_path("8 120"), listed_path("9 120"), listed_path("9")]
+    reasons = [found.reason for found in find_listed_videos(videos, root / "videos")]
+    assert [reason.startswith("a folder, not a file") for reason in reasons] == [1, 1, 0, 0]
+    assert reasons[2:] == ["no such file"] * 2
+
+
+def test_name_too_long_for_any_file_system(folder):
+    root = folder("a.mp4")
+    long = "x" * 300
+    assert paths([listed_path(f"{long}.mp4"), listed_path(long), listed_path("a.mp4")], root) == [
+        None,
+        None,
+        "a.mp4",
+    ]
