@@ -77,7 +77,9 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
             raise VideoDecodeError(path, f"{kind}, not a regular file")
         # An absolute path: FFmpeg would take "a" in "a:b.mp4" for a protocol.
         container = av.open(os.path.abspath(path), **_ANY_METADATA)
-    except (FFmpegError, OSError) as error:
+    except VideoDecodeError:
+        raise
+    except (FFmpegError, OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise VideoDecodeError(path, _reason(error)) from error
     with container:
         streams = video_streams(container)

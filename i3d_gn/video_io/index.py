@@ -11,16 +11,20 @@ The metadata of the schema hold what applies to all videos.
     fps               float64
     duration_seconds  float64
     width, height     int32     of the upright frame, in pixels
+    num_bytes         int64     size of the file when it was indexed, null if unknown
+    mtime_ns          int64     its modification time, null if unknown
 
     metadata key            meaning
     i3d_gn.format_version   "1", or "2" for packed videos; other versions are refused
     i3d_gn.root             folder that paths are relative to, itself relative to the index's folder
                             if the two share a parent, so that both can be moved together
     i3d_gn.class_names      JSON list; a label is a position in it
+    i3d_gn.crc32            checksum of the other three; pages of the file have checksums as well
 
-Other columns are allowed and ignored. An index of packed videos (format "2") has three more:
-`shard` (string, a tar file below the root), `offset` and `num_bytes` (int64, which bytes of the
-shard are the video). Its `path` is only a name, and its root a folder or a URL.
+The last two columns and the checksums may be missing, as in older indexes. Other columns are
+allowed and ignored. An index of packed videos (format "2") has `shard` (string, a tar file below
+the root) and `offset` (int64) instead of `mtime_ns`: bytes `offset` to `offset + num_bytes - 1` of
+the shard are the video. Its `path` is only a name, and its root a folder or a URL.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +53,7 @@ UNKNOWN_LABEL = -1
 _VERSION_KEY = b"i3d_gn.format_version"
 _ROOT_KEY = b"i3d_gn.root"
 _CLASS_NAMES_KEY = b"i3d_gn.class_names"
+_CRC32_KEY = b"i3d_gn.crc32"
 
 _COLUMNS = pa.schema(
     [
@@ -60,9 +66,12 @@ _COLUMNS = pa.schema(
         ("duration_seconds", pa.float64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("num_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
     ]
 )
 _COLUMNS_LOADED = ["path", "label", "num_frames", "width", "height"]
+_FILE_COLUMNS = ["num_bytes", "mtime_ns"]
 _PACKED_COLUMNS = ["shard", "offset", "num_bytes"]
 
 
@@ -88,6 +97,8 @@ def write_index(
 ) -> None:
     """Write `records`, in this order, to the index `path`, atomically.
 
+    The size and modification time of each file below `root` are recorded with it.
+
     Raises:
         ValueError: `VideoIndex.load` would refuse the index: there are no records, a label is
             neither a position in `class_names` nor -1, a video has no frames or no size, or a path
@@ -96,6 +107,7 @@ def write_index(
     path = Path(path)
     class_names = list(class_names)
     rows = list(records)
+    files = [_file_status(Path(root, row.path)) for row in rows]
     table = pa.table(
         {
             "video_id": [PurePosixPath(row.path).stem for row in rows],
@@ -110,17 +122,18 @@ def write_index(
             "duration_seconds": [row.duration_seconds for row in rows],
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
+            "num_bytes": [num_bytes for num_bytes, _ in files],
+            "mtime_ns": [mtime_ns for _, mtime_ns in files],
         },
         schema=_COLUMNS,
-    ).replace_schema_metadata(
-        {
-            _VERSION_KEY: FORMAT_VERSION,
-            _ROOT_KEY: _portable_root(Path(root), path.parent),
-            _CLASS_NAMES_KEY: json.dumps(class_names, ensure_ascii=False),
-        }
     )
     _check_rows(path, table, num_classes=len(class_names))
-    _write_table(path, table)
+    metadata = {
+        _VERSION_KEY: FORMAT_VERSION.encode(),
+        _ROOT_KEY: _portable_root(Path(root), path.parent).encode(),
+        _CLASS_NAMES_KEY: json.dumps(class_names, ensure_ascii=False).encode(),
+    }
+    _write_table(path, table, metadata)
 
 
 def write_packed_index(
@@ -143,15 +156,33 @@ def write_packed_index(
     metadata[_VERSION_KEY] = PACKED_FORMAT_VERSION.encode()
     portable = root if is_url(root) else _portable_root(Path(root), path.parent)
     metadata[_ROOT_KEY] = portable.encode()
+    table = table.drop_columns([name for name in _FILE_COLUMNS if name in table.column_names])
     for name, values in zip(_PACKED_COLUMNS, (shards, offsets, sizes), strict=True):
         column = pa.array(values, pa.string() if name == "shard" else pa.int64())
         table = table.append_column(name, column)
-    _write_table(path, table.replace_schema_metadata(metadata))
+    _write_table(path, table, metadata)
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+def _file_status(path: Path) -> tuple[int | None, int | None]:
+    """Size in bytes and modification time of a file, `None` if there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None, None
+    return status.st_size, status.st_mtime_ns
+
+
+def _write_table(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
+    metadata = {**metadata, _CRC32_KEY: _crc32(metadata)}
+    table = table.replace_schema_metadata(metadata)
     with atomic_output(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def _crc32(metadata: dict[bytes, bytes]) -> bytes:
+    """Checksum of the metadata, which those of Parquet's pages do not cover."""
+    content = b"\0".join(metadata[key] for key in (_VERSION_KEY, _ROOT_KEY, _CLASS_NAMES_KEY))
+    return b"%08x" % zlib.crc32(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +201,8 @@ class VideoIndex:
         num_frames: int64 `(num_videos,)`.
         heights: int64 `(num_videos,)`, of the upright frame, in pixels.
         widths: int64 `(num_videos,)`, of the upright frame, in pixels.
+        num_bytes: int64 `(num_videos,)`, size of each file when indexed, -1 if unknown.
+        mtimes_ns: int64 `(num_videos,)`, its modification time, -1 if unknown or packed.
     """
 
     index_path: Path
@@ -179,6 +212,8 @@ class VideoIndex:
     num_frames: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
+    num_bytes: np.ndarray
+    mtimes_ns: np.ndarray
     _paths: pa.ChunkedArray = field(repr=False)
     _packed: PackedVideos | None = field(repr=False, default=None)
 
@@ -194,17 +229,17 @@ class VideoIndex:
                 in the index.
 
         Raises:
-            ValueError: The file is missing or not an index of a known format; the index is empty;
-                a value is missing or has the wrong type; a label is outside the class list; a video
-                has no frames or no size; a path occurs twice; or the root does not exist. The
-                message is one line.
+            ValueError: The file is missing, damaged or not an index of a known format; the index is
+                empty; a value is missing or has the wrong type; a label is outside the class list;
+                a video has no frames or no size; a path occurs twice; or the root does not exist.
+                The message is one line.
         """
         path = Path(path).absolute()
         if not path.is_file():
             raise ValueError(f"index not found: {path}; create it with `i3d-gn index`")
         table = _read_table(path)
         metadata = table.schema.metadata
-        class_names = tuple(json.loads(metadata[_CLASS_NAMES_KEY]))
+        class_names = _parse_class_names(path, metadata[_CLASS_NAMES_KEY])
         _check_rows(path, table, num_classes=len(class_names))
 
         recorded = root is None
@@ -219,7 +254,9 @@ class VideoIndex:
                 )
 
         def numbers(name: str) -> np.ndarray:
-            array = table[name].cast(pa.int64()).to_numpy()
+            array = np.full(table.num_rows, -1)
+            if name in table.column_names:
+                array = table[name].fill_null(-1).to_numpy()
             array.flags.writeable = False
             return array
 
@@ -237,6 +274,8 @@ class VideoIndex:
             num_frames=numbers("num_frames"),
             heights=numbers("height"),
             widths=numbers("width"),
+            num_bytes=numbers("num_bytes"),
+            mtimes_ns=numbers("mtime_ns"),
             _paths=table["path"],
             _packed=packed,
         )
@@ -265,10 +304,19 @@ class VideoIndex:
         with the name of the video in place of the temporary path.
 
         Raises:
-            VideoDecodeError: A packed video cannot be read from its shard.
+            VideoDecodeError: A packed video cannot be read from its shard, or a file does not have
+                the size that it had when it was indexed.
         """
         if self._packed is None:
-            yield self.path_of(i)
+            path, expected = self.path_of(i), int(self.num_bytes[i])
+            size, _ = _file_status(path)
+            if expected >= 0 and size is not None and size != expected:
+                raise VideoDecodeError(
+                    path,
+                    f"the file has {size} bytes, but had {expected} when it was indexed: was it "
+                    "replaced? Index the videos again",
+                )
+            yield path
             return
         name = f"{self._packed.shards[i].as_py()}: {self._paths[i].as_py()}"
         try:
@@ -292,33 +340,74 @@ class VideoIndex:
 
 def _read_table(path: Path) -> pa.Table:
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             if _VERSION_KEY not in metadata:
                 raise ValueError(
                     f"{path} is a Parquet file but not a video index; create one with "
                     "`i3d-gn index`"
                 )
-            version = metadata[_VERSION_KEY].decode()
+            version = metadata[_VERSION_KEY].decode(errors="replace")
             if version not in {FORMAT_VERSION, PACKED_FORMAT_VERSION}:
                 raise ValueError(
                     f"index {path} has format version {version}, but only versions "
                     f"{FORMAT_VERSION} and {PACKED_FORMAT_VERSION} are supported; create it again "
                     "with `i3d-gn index`"
                 )
+            names = file.schema_arrow.names
             packed = _PACKED_COLUMNS if version == PACKED_FORMAT_VERSION else []
             columns = _COLUMNS_LOADED + packed
-            missing = [name for name in columns if name not in file.schema_arrow.names]
+            missing = [name for name in columns if name not in names]
             missing += [k.decode() for k in (_ROOT_KEY, _CLASS_NAMES_KEY) if k not in metadata]
             if missing:
                 raise ValueError(
                     f"index {path} lacks {', '.join(missing)}; create it again with `i3d-gn index`"
                 )
-            return file.read(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
+            if metadata.get(_CRC32_KEY, _crc32(metadata)) != _crc32(metadata):
+                raise ValueError(
+                    f"index {path} is damaged: its metadata do not match their checksum; create it "
+                    "again with `i3d-gn index`"
+                )
+            optional = [] if packed else [name for name in _FILE_COLUMNS if name in names]
+            table = file.read(columns=columns + optional)
+            # Its own metadata are another copy in the file, which was not checked.
+            table = table.replace_schema_metadata(metadata)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not a video index ({_first_line(error)}); create one with `i3d-gn index`"
+            f"{path} is not a video index or damaged ({_first_line(error)}); create one with "
+            "`i3d-gn index`"
         ) from error
+    for number, name in enumerate(table.column_names):
+        column = table[name]
+        is_text = name in ("path", "shard")
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise _BadColumnError(path, f"column {name} has type {column.type}, must be string")
+        if not is_text and not pa.types.is_integer(kind):
+            raise _BadColumnError(path, f"column {name} has type {column.type}, must be integer")
+        if column.null_count and (packed or name not in _FILE_COLUMNS):
+            raise _BadColumnError(path, f"column {name} has no value in {column.null_count} rows")
+        try:
+            column = column.cast(pa.string() if is_text else pa.int64())
+        except pa.ArrowInvalid as error:
+            raise _BadColumnError(path, f"column {name}: {_first_line(error)}") from error
+        table = table.set_column(number, name, column)
+    return table
+
+
+class _BadColumnError(ValueError):
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"index {path}: {problem}; create it again with `i3d-gn index`")
+
+
+def _parse_class_names(path: Path, text: bytes) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _BadColumnError(path, "class names must be a JSON list of strings")
+    return tuple(names)
 
 
 def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
@@ -326,25 +415,17 @@ def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
         raise ValueError(
             f"index {path} has no videos; see the report of `i3d-gn index` for the reasons"
         )
-    for name in _COLUMNS_LOADED:
-        column = table[name]
-        if name != "path" and not pa.types.is_integer(column.type):
-            raise ValueError(
-                f"index {path}: column {name} has type {column.type}, must be integer; create it "
-                "again with `i3d-gn index`"
-            )
-        if column.null_count:
-            raise ValueError(
-                f"index {path}: column {name} has no value in {column.null_count} rows; create it "
-                "again with `i3d-gn index`"
-            )
-    for name in ("num_frames", "width", "height"):
+    minimum = {"num_frames": 1, "width": 1, "height": 1}
+    if "shard" in table.column_names:
+        minimum |= {"offset": 0, "num_bytes": 1}
+    for name, least in minimum.items():
         values = table[name].to_numpy()
-        if values.min() < 1:
+        if values.min() < least:
             i = int(np.argmin(values))
             raise ValueError(
-                f"index {path}: {table['path'][i]} has {name} {values[i]}, must be at least 1; "
-                "create it again with `i3d-gn index`, which skips videos that cannot be decoded"
+                f"index {path}: {table['path'][i]} has {name} {values[i]}, must be at least "
+                f"{least}; create it again with `i3d-gn index`, which skips videos that cannot be "
+                "decoded"
             )
     labels = table["label"].to_numpy()
     outside = (labels < UNKNOWN_LABEL) | (labels >= num_classes)

@@ -793,6 +793,8 @@ def test_not_a_regular_file(backend, tmp_path):
                 read(tmp_path / name)
         with pytest.raises(VideoDecodeError, match=message):
             decode_frames(tmp_path / name, [0], backend=backend)
+    with pytest.raises(VideoDecodeError, match="embedded null"):
+        decode_frames("a\0b.mp4", [0], backend=backend)
     (tmp_path / "dangling.mp4").symlink_to(tmp_path / "none.mp4")
     with pytest.raises(VideoDecodeError, match=r"dangling.mp4: No such file"):
         decode_frames(tmp_path / "dangling.mp4", [0], backend=backend)

@@ -1,6 +1,7 @@
 """The index file: round trip, and invalid contents are refused."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
 CLASS_NAMES = ["air drumming", "massaging person's head", "yoga"]
@@ -74,6 +76,8 @@ def test_columns_and_metadata(index_path):
         "duration_seconds": 10.01,
         "width": 128,
         "height": 96,
+        "num_bytes": None,
+        "mtime_ns": None,
     }
     assert table["class_name"].to_pylist()[2] is None
     metadata = table.schema.metadata
@@ -85,6 +89,112 @@ def test_index_and_videos_can_be_moved_together(index_path, tmp_path):
     (tmp_path / "tree").rename(tmp_path / "moved")
     index = VideoIndex.load(tmp_path / "moved" / "lists" / "val.parquet")
     assert index.path_of(0) == tmp_path / "moved" / "videos" / "yoga/-abc.mp4"
+
+
+def test_root_outside_the_folder_of_the_index(tmp_path):
+    """A root with no common parent is recorded as an absolute path."""
+    path = tmp_path / "val.parquet"
+    write_index(path, records(), class_names=CLASS_NAMES, root="/")
+    assert pq.read_schema(path).metadata[b"i3d_gn.root"] == b"/"
+    assert str(VideoIndex.load(path).root) == "/"
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=["large", "categorical"]
+)
+def test_other_string_types(kind, index_path):
+    """As written by pandas and polars."""
+    table = pq.read_table(index_path)
+    number = table.schema.get_field_index("path")
+    pq.write_table(table.set_column(number, "path", table["path"].cast(kind)), index_path)
+    index = VideoIndex.load(index_path)
+    assert index.paths == [record.path for record in records()]
+    assert index.path_of(0).name == "-abc.mp4"
+
+
+def test_root_argument_is_relative_to_the_current_folder(index_path, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert VideoIndex.load(index_path, "elsewhere").root == tmp_path / "elsewhere"
+
+
+def test_size_and_time_of_files(tmp_path):
+    folder = tmp_path / "videos"
+    (folder / "yoga").mkdir(parents=True)
+    (folder / "yoga" / "-abc.mp4").write_bytes(bytes(1234))
+    os.utime(folder / "yoga" / "-abc.mp4", ns=(10**18, 10**18 + 7))
+    path = tmp_path / "val.parquet"
+    write_index(path, records(), class_names=CLASS_NAMES, root=folder)
+    index = VideoIndex.load(path)
+    assert index.num_bytes.tolist() == [1234, -1, -1]
+    assert index.mtimes_ns.tolist() == [10**18 + 7, -1, -1]
+    # Videos of unknown size and missing files are left to the decoder, a touched file is accepted.
+    os.utime(folder / "yoga" / "-abc.mp4")
+    (folder / "unknown.mp4").write_bytes(b"1")
+    for i in range(3):
+        with index.file_of(i) as file:
+            assert file == index.path_of(i)
+    (folder / "yoga" / "-abc.mp4").unlink()
+    with index.file_of(0):
+        pass
+
+    (folder / "yoga" / "-abc.mp4").write_bytes(bytes(1235))
+    message = r"-abc.mp4: the file has 1235 bytes, but had 1234 when it was indexed: was it repl"
+    with pytest.raises(VideoDecodeError, match=message), index.file_of(0):
+        pass
+
+
+def test_index_without_size_and_time_of_files(index_path):
+    """As written by earlier versions, also without checksums."""
+    table = pq.read_table(index_path).drop_columns(["num_bytes", "mtime_ns"])
+    metadata = {k: v for k, v in table.schema.metadata.items() if b"crc32" not in k}
+    pq.write_table(table.replace_schema_metadata(metadata), index_path)
+    index = VideoIndex.load(index_path)
+    assert index.num_frames.tolist() == [300, 7, 1]
+    assert index.num_bytes.tolist() == index.mtimes_ns.tolist() == [-1, -1, -1]
+
+
+def contents(index: VideoIndex) -> tuple:
+    arrays = [index.labels, index.num_frames, index.heights, index.widths]
+    arrays += [index.num_bytes, index.mtimes_ns]
+    return (index.paths, index.class_names, index.root, *(array.tolist() for array in arrays))
+
+
+def test_damaged_index_is_refused_or_read_correctly(index_path):
+    """A flipped byte is an error, or lies in a part of the file that is not read."""
+    good = index_path.read_bytes()
+    expected = contents(VideoIndex.load(index_path))
+    messages = []
+    for position in range(0, len(good), 3):
+        data = bytearray(good)
+        data[position] ^= 1 << position % 8
+        index_path.write_bytes(data)
+        try:
+            index = VideoIndex.load(index_path)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            assert contents(index) == expected, f"byte {position}"
+    assert len(messages) > len(good) / 6
+    assert all(str(index_path) in message and "\n" not in message for message in messages)
+    # Only the class names differ.
+    index_path.write_bytes(good)
+    table = pq.read_table(index_path)
+    names = table.schema.metadata[b"i3d_gn.class_names"].replace(b"yoga", b"yogi")
+    metadata = {**table.schema.metadata, b"i3d_gn.class_names": names}
+    pq.write_table(table.replace_schema_metadata(metadata), index_path)
+    with pytest.raises(ValueError, match=r"is damaged: its metadata do not match their checksum"):
+        VideoIndex.load(index_path)
+
+
+@pytest.mark.parametrize("names", ["{", '{"a": 0}', "[1, 2, 3]"])
+def test_class_names_that_are_not_a_list(names, index_path):
+    table = pq.read_table(index_path)
+    metadata = {**table.schema.metadata, b"i3d_gn.class_names": names.encode()}
+    del metadata[b"i3d_gn.crc32"]
+    pq.write_table(table.replace_schema_metadata(metadata), index_path)
+    with pytest.raises(ValueError, match=r"class names must be a JSON list of strings; create"):
+        VideoIndex.load(index_path)
 
 
 def test_root_argument(index_path, tmp_path):
@@ -136,6 +246,10 @@ def test_memory_of_a_large_index(tmp_path):
         ),
         ([replace(RECORD, label=-2)], r"has label -2"),
         ([RECORD, replace(RECORD, label=1)], r"path yoga/-abc.mp4 occurs more than once"),
+        (
+            [replace(RECORD, path="a.mp4"), RECORD, RECORD],
+            r"path yoga/-abc.mp4 occurs more than once",
+        ),
     ],
 )
 def test_invalid_rows_are_refused(bad, message, index_path, tmp_path):
@@ -162,6 +276,10 @@ def test_invalid_rows_are_refused(bad, message, index_path, tmp_path):
         ("num_frames", pa.array([3, 0, 1]), "_x y.mkv has num_frames 0, must be at least 1"),
         ("width", pa.array([3, 4, -1]), "unknown.mp4 has width -1, must be at least 1"),
         ("height", None, "lacks height; create it again"),
+        ("path", pa.array([1, 2, 3]), "column path has type int64, must be string"),
+        ("path", pa.array([b"a", b"b", b"c"]), "column path has type binary, must be string"),
+        ("label", pa.array([0, 1, 2**63], pa.uint64()), "column label: Integer value"),
+        ("num_bytes", pa.array(["1", "2", "3"]), "column num_bytes has type string"),
     ],
 )
 def test_invalid_columns_are_refused(column, values, message, index_path):
@@ -199,7 +317,8 @@ def test_file_is_not_an_index(tmp_path, index_path):
     text = tmp_path / "list.txt"
     text.write_text("a.mp4 0\n" * 100)
     with pytest.raises(
-        ValueError, match=r"list.txt is not a video index \(.*\); create one"
+        ValueError,
+        match=r"list.txt is not a video index or damaged \(Parquet magic .*\); create one",
     ) as error:
         VideoIndex.load(text)
     assert "\n" not in str(error.value)
