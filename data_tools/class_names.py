@@ -179,11 +179,11 @@ def _class_list(
                 f"label {largest} ({where[numbers[largest]]}) would mean {largest + 1} classes, "
                 f"more than the limit of {_MAX_CLASSES}; is it a label? Lines are `path label`"
             )
-        if smallest > 0:
+        if smallest == 1:
             raise ValueError(
-                f"labels are numbers from {smallest} ({where[numbers[smallest]]}), so it is "
-                "unclear which classes they are; pass a --label-map: lines `number name` if they "
-                "count from 1, or one name per line if they are ids from 0"
+                f"labels are numbers from 1 ({where[numbers[1]]}), so it is unclear whether they "
+                "count from 0 or from 1; pass a --label-map: one name per line if from 0, or lines "
+                "`number name` if from 1"
             )
         return [str(i) for i in range(largest + 1)]
     names = {_spelled(label) for label in labels if isinstance(label, str)}

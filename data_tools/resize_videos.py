@@ -263,7 +263,7 @@ def _output_names(source: Path, videos: list[str]) -> tuple[dict[str, str], dict
     for video in videos:
         name = PurePosixPath(video).with_suffix(".mp4").as_posix()
         if not (source / video).is_file():
-            failed[video] = "broken link"
+            failed[video] = "a broken link, or not a regular file"
         elif name in source_of:
             failed[video] = f"its copy would be {name}, the copy of {source_of[name]}"
         else:

@@ -155,7 +155,11 @@ def _listed(
             print_first(files.others)
         there = [path for path in files.videos if os.path.isfile(root / path)]
         dangling = sorted(set(files.videos) - set(there))
-        return root, there, [_missing(path, "broken link") for path in dangling]
+        return (
+            root,
+            there,
+            [_missing(path, "a broken link, or not a regular file") for path in dangling],
+        )
     annotations = read_annotations(source, split=split)
     root = video_folder(source, annotations, videos)
     found = find_listed_videos(annotations.videos, root)

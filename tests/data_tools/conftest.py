@@ -64,10 +64,12 @@ def encode() -> Callable[..., Path]:
         pts: list[int] | None = None,
         time_base: Fraction = Fraction(1, 25),
         crf: int = 10,
+        bframes: int | None = None,
     ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
-            stream = container.add_stream(codec, rate=25, options={"crf": str(crf)})
+            options = {"crf": str(crf)} | ({} if bframes is None else {"bf": str(bframes)})
+            stream = container.add_stream(codec, rate=25, options=options)
             stream.height, stream.width = images.shape[1:3]
             stream.pix_fmt = pixel_format
             stream.codec_context.time_base = time_base

@@ -146,6 +146,8 @@ def test_numbers_from_one_need_a_label_map():
     with pytest.raises(ValueError, match=r"numbers from 1 \(list:2\).*pass a --label-map"):
         ids_of([2, 1, None, -1], None)
     assert ids_of([2, 1], ["a", "b", "c"])[1] == [2, 1]
+    # Of these, some are missing in any case.
+    assert ids_of([3, 2], None) == (["0", "1", "2", "3"], [3, 2])
 
 
 def test_classes_with_numbers_as_names():

@@ -124,6 +124,17 @@ def test_variable_frame_rate_is_kept(tmp_path, encode, images):
     np.testing.assert_allclose(times, (np.array(pts) - 100) / 1000, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [[], ["--fps", "25"]])
+def test_b_frames_in_avi_keep_their_times(tmp_path, encode, images, options):
+    encode(tmp_path / "in" / "x.avi", images, bframes=3)
+    assert run(tmp_path / "in", tmp_path / "out", "--crf", 5, *options) == 0
+    copy = tmp_path / "out" / "x.mp4"
+    got, times = stored_frames(copy)
+    np.testing.assert_allclose(times, np.arange(16) / 25, atol=1e-9)
+    assert probe_video(copy).duration_seconds == pytest.approx(16 / 25)
+    assert psnr(got, images) > 34
+
+
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_is_applied(tmp_path, encode, images, rotation):
     source = encode(tmp_path / "in" / "x.mp4", images, rotation=rotation)
@@ -184,7 +195,7 @@ def test_failures_do_not_stop_the_others(tmp_path, place_clip, capsys):
         "b/zero.mp4",
     ]
     assert "the copy of a/same.mkv" in report["failed"][0]["reason"]
-    assert report["failed"][1]["reason"] == "broken link"
+    assert report["failed"][1]["reason"] == "a broken link, or not a regular file"
     assert "Invalid data" in report["failed"][2]["reason"]
     files = {p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/*/*")}
     assert files == {"a/good.mp4", "a/same.mp4"}

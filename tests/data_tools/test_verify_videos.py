@@ -107,6 +107,17 @@ def test_concealed_errors_are_damaged(tmp_path, place_clip, report):
     assert entry["num_frames"] == 12
 
 
+def test_b_frames_in_avi_are_valid(tmp_path, encode, images, report):
+    """AVI has no presentation times: they follow from the order of the frames."""
+    source = encode(tmp_path / "videos" / "a.avi", images, bframes=3)
+    with av.open(str(source)) as container:
+        assert {int(frame.pict_type) for frame in container.decode(video=0)} == {1, 2, 3}
+    assert run(tmp_path / "videos", report) == 0
+    (entry,) = json.loads(report.read_text())["valid"]
+    assert (entry["num_frames"], entry["fps"]) == (16, 25.0)
+    assert entry["duration_seconds"] == pytest.approx(16 / 25)
+
+
 def test_header_without_frames_is_truncated(tmp_path, place_clip, report):
     clip = place_clip(tmp_path / "videos" / "a.mp4")
     content = clip.read_bytes()
