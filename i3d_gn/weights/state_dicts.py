@@ -18,6 +18,8 @@ _USUAL = {
     *("state_dict", "model_state", "model_state_dict", "model"),
     *("module", "_orig_mod", "backbone", "encoder", "encoder_q"),
 }
+# Of nested dictionaries; hostile files nest them without end.
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _entries(content: Any) -> list[Entry]:
         prefixes = _prefixes(value)
         for prefix in prefixes:
             entries.append(Entry(".".join([*keys, *prefix.split(".")[:-1]]), value, prefix))
-        if not prefixes and len(keys) < 3:
+        if not prefixes and len(keys) < _MAX_DEPTH:
             level += [((*keys, key), inner) for key, inner in value.items() if isinstance(key, str)]
     return entries
 

@@ -32,6 +32,13 @@ def prefixed(prefix, state=STATE):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def nested(keys):
+    content = STATE
+    for key in reversed(keys):
+        content = {key: content}
+    return content
+
+
 def equals(tensors, expected=OWN):
     return tensors.keys() == expected.keys() and all(
         torch.equal(tensors[name], expected[name]) for name in expected
@@ -66,6 +73,8 @@ def equals(tensors, expected=OWN):
         ({"model": {**prefixed("module."), "module.fc.0.weight": torch.ones(2)}},
          "model.module", ("module.fc.0.weight",)),
         ({**STATE, "epoch": 3, "arch": "resnet50"}, "", ()),
+        (nested("abcdefgh"), "a.b.c.d.e.f.g.h", ()),
+        ({"model": STATE, "param_shapes": {name: [1] for name in STATE}}, "model", ()),
     ],
 )  # fmt: skip
 def test_nested_state_dicts(content, entry, unused, tmp_path):
@@ -133,7 +142,18 @@ def test_not_converted_tensors_are_named(tmp_path, capsys):
     assert "not converted: head.fc.weight\n" in capsys.readouterr().out
 
 
-def test_dictionaries_that_share_their_contents_take_no_time():
+@pytest.mark.parametrize("keys", [(), ("state_dict",), ("model",), ("state_dict", "model")])
+def test_unknown_networks_are_refused_with_their_names(keys):
+    content = {"stem.weight": torch.zeros(1)}
+    for key in reversed(keys):
+        content = {"epoch": 1, key: content}
+    with pytest.raises(ValueError, match=r"unknown network with tensors stem\.weight; supported"):
+        read_weights(content)
+
+
+def test_nesting_without_end_takes_no_time():
+    with pytest.raises(ValueError, match="not a state dict"):
+        read_weights(nested("abcdefghi"))
     content = {}
     for _ in range(4):
         content = {str(i): content for i in range(2000)}

@@ -145,6 +145,10 @@ def test_other_formats_never_give_torch_s_advice(saved, tmp_path):
         archive.add(saved, "w.pth")
     for name in ("w.csv", "w.h5", "w.tar"):
         assert "expected a state dict saved by torch.save" in refusal(tmp_path / name)
+    assert "(damaged, or of another format);" in refusal(tmp_path / "w.csv")
+    torch.save(STATE, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    os.truncate(tmp_path / "old.pth", 600)
+    assert "(damaged, or" not in refusal(tmp_path / "old.pth")  # torch's reason instead
 
 
 def test_fifo_is_refused_without_waiting_for_a_writer(tmp_path):
