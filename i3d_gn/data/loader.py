@@ -26,7 +26,7 @@ from i3d_gn.data.videos import TestVideo, TestVideos
 ItemT = TypeVar("ItemT")
 
 _SHARED_MEMORY = Path("/dev/shm")
-# How often to look after the workers, and how long they may be silent before that is said.
+# How often to look after the workers, and the silence after which a stall is reported.
 _POLL_SECONDS = 5.0
 _STALL_SECONDS = 60.0
 
@@ -156,7 +156,7 @@ class _Workers(Generic[ItemT]):
         return self
 
     def __next__(self) -> ItemT:
-        started, told = time.monotonic(), False
+        started, reported = time.monotonic(), False
         while True:
             try:
                 return next(self._items)
@@ -174,8 +174,8 @@ class _Workers(Generic[ItemT]):
                     raise _WorkerLostError(
                         f"a loader worker took longer than {self._limit:g} s"
                     ) from error
-                if waited >= _STALL_SECONDS and not told:
-                    told = True
+                if waited >= _STALL_SECONDS and not reported:
+                    reported = True
                     logger.warning("waiting for data for %.0f s: %s", waited, self._next_names())
 
     def _died(self) -> _WorkerLostError:

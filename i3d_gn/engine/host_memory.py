@@ -1,10 +1,10 @@
-"""The C library's allocator, told to keep what large tensors give back."""
+"""Keep the memory of freed tensors in the process, instead of returning it to the kernel."""
 
 import ctypes
 import os
 import platform
 
-# Of <malloc.h>.
+# From <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
@@ -12,11 +12,10 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> bool:
     """Let this process reuse the memory of freed tensors; True if it will.
 
-    glibc takes blocks over 32 MB from the kernel anew each time, and each time every page is zeroed
-    when first touched: some 97,000 page faults for one 32-frame clip through I3D on a CPU, an
-    eighth of its processor time (benchmarks/results/cpu.md). Afterwards freed memory stays with the
-    process. Nothing happens on other C libraries, or where the environment already says what glibc
-    shall do.
+    By default glibc requests every block over 32 MB from the kernel, which zeroes each of its pages
+    when it is first touched: some 97,000 page faults for one 32-frame clip through I3D on a CPU, an
+    eighth of its processor time (benchmarks/results/cpu.md). This does nothing with other C
+    libraries, or if the environment already configures glibc's allocator.
     """
     if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return False

@@ -77,8 +77,8 @@ def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) 
             saved = None
         if not isinstance(saved, dict):
             raise ConfigError(
-                f"{path} is damaged, so that nobody can tell which run has started there; use "
-                "another output_dir, or delete that one to start over"
+                f"{path} is damaged, so that the config of the run there is unknown; use another "
+                "output_dir, or delete that one to start over"
             )
     before, after = (json.loads(json.dumps(values)) for values in (saved, to_dict(config)))
     changed = differences(before, after, type(config))

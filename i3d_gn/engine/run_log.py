@@ -84,7 +84,7 @@ class _TensorBoard:
     """The scalars of the log as TensorBoard events.
 
     They are written anew from the log when a run resumes: TensorBoard orders event files by the
-    clock, which may have been set back. If they cannot be written, training goes on without them.
+    clock, which may have been set back. If they cannot be written, training continues without them.
     """
 
     def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -126,7 +126,7 @@ class _TensorBoard:
 
     def _give_up(self, error: OSError) -> None:
         self._writer = None
-        logger.warning("TensorBoard events cannot be written (%s); training goes on", error)
+        logger.warning("TensorBoard events cannot be written (%s); training continues", error)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Crop plans and normalisation."""
+"""Crop plans and normalization."""
 
 import numpy as np
 import pytest
