@@ -30,7 +30,7 @@ _LABEL_COLUMNS = (
     *("target", "label_id", "class_id"),
 )
 # The delimiter follows the file name in `a, b.mp4,3` and `clip,3`, but not in `a, b.mp4 3`.
-_DELIMITER_AFTER_EXTENSION = re.compile(r".*\.\w{2,4}[,;](?P<label>[^,;/]+)")
+_DELIMITER_AFTER_EXTENSION = re.compile(r'.*\.\w{2,4}"?[,;](?P<label>[^,;/]+)')
 _DELIMITER_AFTER_STEM = re.compile(r"[^\s,;.]+(?:;(?P<label>[^;/]+)|,(?P<id>[^,;/.]+))")
 _SINGLE_NAME = re.compile(r"[^\s,;]+")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][\w ]*")
@@ -43,18 +43,24 @@ def read_text_list(source: Path, *, split: str | None) -> Annotations:
         ValueError: For malformed lines.
     """
     try:
-        text = source.read_text("utf-8-sig")
+        return _read(source, source.read_text("utf-8-sig").lstrip("\r\n"), split=split)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not a UTF-8 text file: {error}") from None
+    except csv.Error as error:
+        raise ValueError(f"{source} is not a list of videos: {error}") from None
+
+
+def _read(source: Path, text: str, *, split: str | None) -> Annotations:
     lines = {
         f"{source.name}:{i}": line.strip()
         for i, line in enumerate(text.splitlines(), start=1)
         if line.strip()
     }
     first, *others = lines or [""]
+    delimiter = _delimiter(lines.get(first, ""))
     header = _split_fields(lines.get(first, ""))
-    if "youtube_id" in header:
-        return _read_official_csv(source, text, split=split)
+    if "youtube_id" in header and delimiter is not None:
+        return _read_official_csv(source, text, delimiter=delimiter, split=split)
     if split is not None:
         raise ValueError(f"{source} has no splits, so --split {split} does not apply")
     if not lines or not _is_header(lines[first], [lines[where] for where in others]):
@@ -64,7 +70,6 @@ def read_text_list(source: Path, *, split: str | None) -> Annotations:
     kind = f"table, videos in column {path_column!r}, " + (
         f"labels in column {label_column!r}" if label_column else "no labels"
     )
-    delimiter = _delimiter(text.strip().splitlines()[0])
     if delimiter is None:
         return Annotations(kind=kind, videos=_parse_lines(lines))
     required = (path_column, label_column) if label_column else (path_column,)
@@ -80,11 +85,13 @@ def read_text_list(source: Path, *, split: str | None) -> Annotations:
     return Annotations(kind=kind, videos=videos)
 
 
-def _read_official_csv(source: Path, text: str, *, split: str | None) -> Annotations:
+def _read_official_csv(
+    source: Path, text: str, *, delimiter: str, split: str | None
+) -> Annotations:
     """`label,youtube_id,time_start,time_end,split[,is_cc]`; the test list has no label."""
     videos, splits = [], []
     required = ("youtube_id", "time_start", "time_end")
-    for where, row in _table_rows(source, text, delimiter=",", required=required):
+    for where, row in _table_rows(source, text, delimiter=delimiter, required=required):
         youtube_id = row["youtube_id"]
         try:
             start, end = int(row["time_start"]), int(row["time_end"])
@@ -112,7 +119,7 @@ def _is_header(first_line: str, other_lines: Sequence[str]) -> bool:
     """Whether the first line of a list names its columns."""
     fields = _split_fields(first_line)
     is_sentence = _delimiter(first_line) is None and len(fields) > 2
-    if is_sentence or any(is_video_name(field) for field in fields):
+    if is_sentence or any(is_video_name(field) or field.isdecimal() for field in fields):
         return False
     if _first_of(_PATH_COLUMNS, fields) or (_first_of(_LABEL_COLUMNS, fields) and len(fields) > 1):
         return True
@@ -134,8 +141,8 @@ def _choose_columns(source: Path, header: Sequence[str]) -> tuple[str, str | Non
         return header[0], None
     if len(header) == 2:
         if path_column is None:
-            path_column = next(name for name in header if name != label_column)
-        label_column = next(name for name in header if name != path_column)
+            path_column = next((name for name in header if name != label_column), None)
+        label_column = next((name for name in header if name != path_column), None)
     if path_column is None or label_column is None:
         raise ValueError(
             f"{source}: which columns of {', '.join(header)} are the videos and labels? Name them "
@@ -193,7 +200,10 @@ def _parse_line(line: str, *, where: str) -> ListedVideo:
             "the supported formats"
         )
     return ListedVideo(
-        name=path.strip(), label=parse_label(label, where=where), where=where, is_path=True
+        name=path.strip().strip('"'),
+        label=parse_label(label, where=where),
+        where=where,
+        is_path=True,
     )
 
 

@@ -46,6 +46,12 @@ def test_official_csv(write):
     assert not any(video.is_path for video in annotations.videos)
 
 
+def test_official_list_separated_by_tabs(write):
+    text = OFFICIAL.replace("(in game)", "").replace(",", "\t")
+    (first, *_) = read_annotations(write("\n" + text, "val.tsv")).videos
+    assert (first.name, first.label) == ("0wR5jVB-WPk_000417_000427", "abseiling")
+
+
 def test_official_csv_of_the_test_set(write):
     annotations = read_annotations(
         write("youtube_id,time_start,time_end,split\n--6bJUbfpnQ,17,27,test\n")
@@ -108,7 +114,7 @@ def test_path_label_list_with_names_commas_or_without_labels(write):
         ("a.mp4", "yoga"),
         ("b c.mp4", "air_drumming"),
     ]
-    assert named(read_annotations(write("a.mp4,3\nb, c.mp4,air drumming\nd, e.mp4 5\n"))) == [
+    assert named(read_annotations(write('"a.mp4",3\nb, c.mp4,air drumming\nd, e.mp4 5\n'))) == [
         ("a.mp4", 3),
         ("b, c.mp4", "air drumming"),
         ("d, e.mp4", 5),
@@ -156,6 +162,7 @@ def test_header_unlike_other_lines(write):
     """Column names in no list of known names, before ids; but a first video is no header."""
     assert named(read_annotations(write("vid gesture\nx1 3\nx2 4\n"))) == [("x1", 3), ("x2", 4)]
     assert named(read_annotations(write("x0 2\nx1 3\n"))) == [("x0", 2), ("x1", 3)]
+    assert named(read_annotations(write("file 2\nx1 3\n"))) == [("file", 2), ("x1", 3)]
     assert named(read_annotations(write("a.rm run\nb.mp4 jump\n"))) == [
         ("a.rm", "run"),
         ("b.mp4", "jump"),
@@ -334,6 +341,8 @@ def json_of(label="a", subset="training", labels=()):
         ("", "list.txt", r"list.txt \(`path label` list\) lists no videos"),
         ("a.mp4 1\nwhat\n", "list.txt", r"list.txt:2: 'what' is neither `path label` nor"),
         ("a.mp4,1.5\n", "list.txt", r"list.txt:1: label 1.5 is neither an integer id nor a name"),
+        ("path,path\na.mp4,1\n", "t.csv", r"t.csv: which columns of path, path"),
+        ("x" * 200_000 + ",1\n", "t.csv", r"t.csv is not a list of videos: field larger"),
         ("path,start,stop\na.mp4,1,2\n", "t.csv", r"t.csv: which columns of path, start, stop"),
         (OFFICIAL.replace(",417,", ",4m,"), "v.csv", r"v.csv:2: time_start .* integer seconds"),
         (OFFICIAL + "yoga,,1,2,val,0\n", "v.csv", r"v.csv:5: field youtube_id is missing"),
