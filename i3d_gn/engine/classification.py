@@ -11,8 +11,8 @@ from i3d_gn.data.batches import Batch
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.checkpoint import CheckpointError
 from i3d_gn.engine.distributed import Process, broadcast_from_main
-from i3d_gn.engine.loop import Task
 from i3d_gn.engine.metrics import ClassificationMetrics
+from i3d_gn.engine.task import Task
 
 
 class ClassificationTask(Task):

@@ -12,9 +12,10 @@ from i3d_gn.data.batches import Batch
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.loop import Task, TrainingLoop
+from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_log import read_log
+from i3d_gn.engine.task import Task
 from i3d_gn.engine.typed_config import ConfigError
 
 CPU = Process(0, 1, torch.device("cpu"))
