@@ -108,17 +108,23 @@ def test_formula_forward_and_backward(shape, layout, num_groups):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, None])
-def test_low_precision_equals_the_rounded_formula(layout, dtype, parameter_dtype):
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((2, 16, 4, 9, 9), 4), ((1, 16, 16, 9, 9), 4), ((2, 64, 4, 9, 9), 32)]
+)
+def test_low_precision_equals_the_rounded_formula(
+    layout, dtype, parameter_dtype, shape, group_size
+):
     generator = torch.Generator().manual_seed(0)
+    num_channels, num_groups = shape[1], shape[1] // group_size
     # The mean is 20 times the std: statistics rounded to bf16 would be off by 0.05.
-    values = (torch.randn(2, 16, 4, 9, 9, generator=generator) + 20).to(dtype)
+    values = (torch.randn(shape, generator=generator) + 20).to(dtype)
     x = lay_out(values, layout).requires_grad_()
-    weight = torch.ones(16, dtype=parameter_dtype or dtype).requires_grad_()
-    bias = torch.zeros(16, dtype=parameter_dtype or dtype).requires_grad_()
+    weight = torch.ones(num_channels, dtype=parameter_dtype or dtype).requires_grad_()
+    bias = torch.zeros(num_channels, dtype=parameter_dtype or dtype).requires_grad_()
     grad = torch.randn(x.shape, generator=generator).to(dtype)
 
-    y = group_norm(x, 4, weight, bias, 1e-5)
-    expected = formula(x, 4, weight, bias, 1e-5)
+    y = group_norm(x, num_groups, weight, bias, 1e-5)
+    expected = formula(x, num_groups, weight, bias, 1e-5)
 
     assert y.dtype == dtype
     ulp = torch.finfo(dtype).eps
@@ -130,6 +136,55 @@ def test_low_precision_equals_the_rounded_formula(layout, dtype, parameter_dtype
     torch.testing.assert_close(
         grad_weight.double(), wanted_weight.double(), rtol=max(ulp, 1e-4), atol=1e-2
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 16, 9, 9), (2, 64, 4, 9, 9)])
+def test_large_mean_and_small_std_in_float16(shape):
+    """The mean is 1000 times the std, but the product of both is small."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05 + 50
+    x = lay_out(values.half(), "channels_last")
+    y = group_norm(x, 2)
+    expected = formula(x, 2, torch.ones(shape[1]), torch.zeros(shape[1]), 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((2, 12, 3, 5, 7), 4), ((2, 8, 6, 16, 17), 4), ((1, 4, 25, 52, 53), 2), ((2, 64, 3, 5, 7), 2)],
+)
+@pytest.mark.parametrize("fusion", ["relu", "residual"])
+def test_relu_and_residual(layout, dtype, shape, num_groups, fusion):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (
+        lay_out(torch.randn(shape, generator=generator).to(dtype), layout).requires_grad_()
+        for _ in range(2)
+    )
+    weight, bias = parameters(shape[1], generator)
+    grad = torch.randn(shape, generator=generator)
+    inputs = [x, weight, bias]
+    if fusion == "residual":
+        inputs.append(residual)
+
+    y = group_norm(
+        x, num_groups, weight, bias, relu=True, residual=residual if fusion == "residual" else None
+    )
+    expected = formula(x, num_groups, weight, bias, 1e-5)
+    if fusion == "residual":
+        expected = expected + residual.double()
+
+    assert y.dtype == dtype
+    # Two roundings, of values up to 10, in bfloat16.
+    atol = 1e-5 if dtype == torch.float32 else 0.04
+    torch.testing.assert_close(y.double(), expected.relu(), rtol=0, atol=atol)
+    # Exclude elements so close to 0 that rounding decides the ReLU's gradient.
+    grad = torch.where(expected.abs() < atol, 0, grad)
+    actual = gradients(y, inputs, grad)
+    wanted = gradients(expected.relu(), inputs, grad.to(dtype))
+    for a, b in zip(actual, wanted, strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.004)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels_last"])
@@ -243,6 +298,8 @@ def test_preserves_the_memory_format(shape, dtype):
     grad = torch.autograd.grad(layer(last).square().sum(), last)[0]
     assert grad.is_contiguous(memory_format=channels_last)
     assert layer(last[..., 1:]).is_contiguous(memory_format=channels_last)
+    for strided in (contiguous[..., 1:], lay_out(contiguous, "transposed")):
+        assert layer(strided).is_contiguous()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
