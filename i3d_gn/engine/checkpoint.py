@@ -38,10 +38,13 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(folder: Path, *, step: int, contents: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` atomically, then delete all but the newest `keep`."""
+    """Write the checkpoint of `step` atomically, then delete all but the `keep` newest up to it.
+
+    Later ones are damaged: the run did not resume from them.
+    """
     path = checkpoint_path(folder, step)
     _write(path, step, contents)
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in [p for p in list_checkpoints(folder) if checkpoint_step(p) <= step][:-keep]:
         old.unlink()
     return path
 

@@ -153,7 +153,7 @@ class TrainingLoop:
         batches = TimedIterator(iter(self.task.training_batches(self.first_step)))
         self._vote = StopVote(self.process, timeout_minutes=recipe.rank_timeout_minutes)
         if self._validate_first:
-            self._validate(self.first_step, signals)
+            self._validate_and_save(self.first_step, signals)
         clock = _Clock(self.first_step)
         for step in range(self.first_step, steps):
             with signals.deferred():
@@ -172,24 +172,27 @@ class TrainingLoop:
                     self._save(done, before_validation=validates)
                     self._raise_stopped(done, signals)
             if validates:
-                with clock.paused():
-                    self._validate(done, signals)
-            if done % recipe.checkpoint_every == 0 or done == steps:
                 with signals.deferred():
-                    self._save(done)
+                    self._save(done, before_validation=True)
+                if signals.received is not None and self.process.world_size == 1:
+                    self._raise_stopped(done, signals)
+                with clock.paused():
+                    self._validate_and_save(done, signals)
+            else:
+                self._save_if_due(done, signals)
 
-    def _validate(self, done: int, signals: StopSignals) -> None:
-        """Validate. A run that stops meanwhile resumes here, from a checkpoint made for that."""
-        if not self._validate_first:
-            with signals.deferred():
-                self._save(done, before_validation=True)
-            if signals.received is not None and self.process.world_size == 1:
-                self._raise_stopped(done, signals)
-        self._validate_first = False
+    def _validate_and_save(self, done: int, signals: StopSignals) -> None:
+        """Validate; a run that stops meanwhile resumes here, from the checkpoint made for that."""
         self.task.validate(self.model, done, self.log)
+        self._save_if_due(done, signals)
+        self.log.flush()
         if self.process.is_main:
-            self.log.flush()
             delete_before_validation(self.checkpoints)
+
+    def _save_if_due(self, done: int, signals: StopSignals) -> None:
+        if done % self.recipe.checkpoint_every == 0 or done == self.recipe.steps:
+            with signals.deferred():
+                self._save(done)
 
     def _raise_stopped(self, done: int, signals: StopSignals) -> None:
         number = signals.received

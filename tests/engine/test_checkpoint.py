@@ -36,6 +36,13 @@ def test_save_keeps_the_newest_and_leaves_no_temporary_file(tmp_path):
     assert load_checkpoint(latest) == {"format": 1, "step": 20, **contents(x=20)}
 
 
+def test_damaged_later_checkpoints_do_not_displace_good_ones(tmp_path):
+    (tmp_path / "step_00000099.pt").write_bytes(b"damaged")
+    for step in (5, 10):
+        save_checkpoint(tmp_path, step=step, contents=contents(), keep=1)
+    assert load_newest(tmp_path)[1]["step"] == 10
+
+
 def test_failed_save_keeps_the_older_checkpoint(tmp_path):
     save_checkpoint(tmp_path, step=1, contents={}, keep=1)
     with pytest.raises((pickle.PicklingError, AttributeError)):

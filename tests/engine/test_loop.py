@@ -245,13 +245,14 @@ def test_signal_finishes_the_step_and_saves_a_checkpoint(tmp_path, number, step)
     assert task.validated == ([30, 60] if step <= 30 else [60])
 
 
-def test_signal_in_a_validation_resumes_there(tmp_path):
+@pytest.mark.parametrize("step", [30, 60])
+def test_signal_in_a_validation_resumes_there(tmp_path, step):
     train(tmp_path / "whole", ToyTask(recipe()))
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        train(tmp_path / "cut", Signaled(recipe(), signal.SIGTERM, validation=30))
+        train(tmp_path / "cut", Signaled(recipe(), signal.SIGTERM, validation=step))
     task = ToyTask(recipe())
-    assert train(tmp_path / "cut", task).first_step == 30
-    assert task.validated == [30, 60]
+    assert train(tmp_path / "cut", task).first_step == step
+    assert task.validated == [*range(step, 61, 30)]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
