@@ -119,6 +119,10 @@ def test_path_label_list_with_names_commas_or_without_labels(write):
         ("b, c.mp4", "air drumming"),
         ("d, e.mp4", 5),
     ]
+    assert named(read_annotations(write("a b.mp4\tair drumming\nc.mp4\tyoga\n"))) == [
+        ("a b.mp4", "air drumming"),
+        ("c.mp4", "yoga"),
+    ]
     assert named(read_annotations(write("a.mp4\nb c.mp4\n"))) == [
         ("a.mp4", None),
         ("b c.mp4", None),
@@ -158,6 +162,23 @@ def test_table_with_any_header(write, text, columns):
     assert annotations.videos[0].where == "list.txt:2"
 
 
+@pytest.mark.parametrize(
+    "path", "video_path clip_path file_path filename video_name clip id".split()
+)
+@pytest.mark.parametrize("label", "label class class_name category action tag target".split())
+def test_known_column_names(write, path, label):
+    annotations = read_annotations(write(f"x,{label},{path},y\n1,run,a,2\n"))
+    assert named(annotations) == [("a", "run")]
+
+
+def test_preferred_columns(write):
+    """Of several that name videos or labels, the more explicit one."""
+    text = "id,name,video_name,video_path,label_id,label\n1,b,c,d.mp4,7,run\n"
+    annotations = read_annotations(write(text))
+    assert named(annotations) == [("d.mp4", "run")]
+    assert annotations.kind == "table, videos in column 'video_path', labels in column 'label'"
+
+
 def test_header_unlike_other_lines(write):
     """Column names in no list of known names, before ids; but a first video is no header."""
     assert named(read_annotations(write("vid gesture\nx1 3\nx2 4\n"))) == [("x1", 3), ("x2", 4)]
@@ -167,9 +188,12 @@ def test_header_unlike_other_lines(write):
         ("a.rm", "run"),
         ("b.mp4", "jump"),
     ]
-    assert named(read_annotations(write("path\na b.mp4\nc.mp4\n"))) == [
-        ("a b.mp4", None),
-        ("c.mp4", None),
+    unlabeled = read_annotations(write("path\na b.mp4\nc.mp4\n"))
+    assert named(unlabeled) == [("a b.mp4", None), ("c.mp4", None)]
+    assert unlabeled.kind == "table, videos in column 'path', no labels"
+    assert named(read_annotations(write("my clip run\nb.mp4 jump\n"))) == [
+        ("my clip", "run"),
+        ("b.mp4", "jump"),
     ]
 
 
@@ -183,7 +207,9 @@ def test_names_without_extension(write):
         ("34870", "Drumming Fingers"),
         ("56557", "Holding a, b."),
     ]
-    assert named(read_annotations(write("34870\n56557\n"))) == [("34870", None), ("56557", None)]
+    names_only = read_annotations(write("34870\n56557\n"))
+    assert named(names_only) == [("34870", None), ("56557", None)]
+    assert all(video.is_path for video in names_only.videos)
 
 
 def test_ids_that_pandas_made_floats(write):
