@@ -82,9 +82,10 @@ def test_json_of_3d_resnets(write):
     annotations = read_annotations(path, split="val")
     assert annotations.kind == "3D-ResNets JSON"
     assert named(annotations) == [("0wR5jVB-WPk_000417_000427", "yoga")]
-    assert annotations.videos[0].video_id == "0wR5jVB-WPk"
+    assert (annotations.videos[0].video_id, annotations.videos[0].is_path) == ("0wR5jVB-WPk", False)
     assert annotations.further_class_names == ("yoga", "abseiling")
-    assert named(read_annotations(path, split="training")) == [("_abc", "abseiling")]
+    for split in ("training", "train"):
+        assert named(read_annotations(path, split=split)) == [("_abc", "abseiling")]
     assert named(read_annotations(path, split="test")) == [("-xy", None)]
 
 
@@ -163,9 +164,17 @@ def test_table_with_any_header(write, text, columns):
 
 
 @pytest.mark.parametrize(
-    "path", "video_path clip_path file_path filename video_name clip id".split()
+    ("path", "label"),
+    [
+        ("video_path", "label"),
+        ("clip_path", "class"),
+        ("file_path", "class_name"),
+        ("filename", "category"),
+        ("Video_Name", "Action"),
+        ("clip", "tag"),
+        ("id", "target"),
+    ],
 )
-@pytest.mark.parametrize("label", "label class class_name category action tag target".split())
 def test_known_column_names(write, path, label):
     annotations = read_annotations(write(f"x,{label},{path},y\n1,run,a,2\n"))
     assert named(annotations) == [("a", "run")]
@@ -284,6 +293,7 @@ def test_hmdb51_splits(hmdb51):
     train = read_annotations(hmdb51, split="train1")
     assert named(train) == [("April_#1_brush;hair_u", "brush_hair"), ("w", "wave")]
     assert train.videos[0].where == "brush_hair_test_split1.txt:1"
+    assert not any(video.is_path for video in train.videos)
     assert named(read_annotations(hmdb51, split="test1")) == [("b (2)", "brush_hair")]
     second = read_annotations(hmdb51, split="train2")
     assert named(second) == [("b (2)", "brush_hair")]
