@@ -15,13 +15,13 @@ def test_train_evaluate_report(small_run, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(small_run("train.steps=2")))
     assert cli.main(["train", str(path)]) == 0
-    assert cli.main(["evaluate", str(path), "test.num_clips=2"]) == 0
-    assert "6 videos, 2 clips each: top-1" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(path)]) == 0
+    assert "6 videos, 3 clips each: top-1" in capsys.readouterr().out
     figure = tmp_path / "curves.png"
     assert cli.main(["report", str(tmp_path / "run"), "--out", str(figure)]) == 0
     output = capsys.readouterr().out
     assert "| run " in output
-    assert "(2 clips)" in output
+    assert "(3 clips)" in output
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

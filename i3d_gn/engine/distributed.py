@@ -122,6 +122,9 @@ class StopVote:
             lost = sorted({int(n) for n in re.findall(r"[Rr]ank (\d+) failed", str(error))})
             if lost:
                 return f"rank {', '.join(map(str, lost))}"
+            # Only rank 0 knows who is missing; the others miss rank 0. Two ranks have no choice.
+            if dist.get_world_size() == 2:
+                return f"rank {1 - dist.get_rank()}"
             return "rank 0" if dist.get_rank() else "another rank"
         return "another rank for a while"
 

@@ -53,7 +53,7 @@ def long_run(small_run, tmp_path):
     """A run on two ranks that has saved its first checkpoint."""
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(small_run(*LONG)))
-    process = start(path, "train.rank_timeout_minutes=0.2")
+    process = start(path, "train.rank_timeout_minutes=0.3")
     try:
         while latest_checkpoint(tmp_path / "run" / "checkpoints") is None:
             assert process.poll() is None, process.stderr.read()
@@ -109,7 +109,7 @@ def test_stopped_rank_is_named(long_run):
     process, _ = long_run
     (second,) = [pid for pid in children(process.pid) if rank_of(pid) == 1]
     os.kill(second, signal.SIGSTOP)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=200)
     assert "error: lost contact with rank 1" in errors
     assert process.returncode != 0
 
