@@ -140,8 +140,8 @@ def test_low_precision_equals_the_rounded_formula(
 
 @pytest.mark.parametrize("shape", [(1, 32, 16, 9, 9), (2, 64, 4, 9, 9)])
 def test_large_mean_and_small_std_in_float16(shape):
-    """The mean is 1000 times the std, but the product of both is small."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05 + 50
+    """The mean is 800 times the std, but the product of both is small."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.03 + 25
     x = lay_out(values.half(), "channels_last")
     y = group_norm(x, 2)
     expected = formula(x, 2, torch.ones(shape[1]), torch.zeros(shape[1]), 1e-5)
@@ -389,10 +389,11 @@ def test_function_transforms(layout):
 # opcheck itself reads .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("fusion", ["plain", "relu", "residual"])
-def test_custom_operators_are_registered_correctly(fusion):
+@pytest.mark.parametrize("shape", [(2, 8, 3, 4, 5), (1, 8, 3, 16, 16)])
+def test_custom_operators_are_registered_correctly(fusion, shape):
     for dtype in (torch.float32, torch.bfloat16):
         x, residual, grad = (
-            lay_out(torch.randn(2, 8, 3, 4, 5).to(dtype), "channels_last") for _ in range(3)
+            lay_out(torch.randn(shape).to(dtype), "channels_last") for _ in range(3)
         )
         weight, bias = (torch.rand(8, requires_grad=True) for _ in range(2))
         forward = (
