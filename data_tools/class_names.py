@@ -3,110 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from i3d_gn.video_io.index import UNKNOWN_LABEL, VideoIndex
+from data_tools.class_spelling import class_key, ids_by_class, is_kinetics_400, spelled
+from data_tools.label_map import LabelMap
+from i3d_gn.video_io.index import UNKNOWN_LABEL
 
 # A label in a list: an id, a name, or None for an unlabeled video.
 Label = int | str | None
 
-# `1 Archery`, as in UCF101's classInd.txt.
-_NUMBERED_NAME = re.compile(r"(\d+)[\s,;:]\s*(\S.*)")
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """Class names in the order of their ids; lists number the classes from `first_number`."""
-
-    names: list[str]
-    first_number: int = 0
-
-
-def read_label_map(path: Path) -> LabelMap:
-    """Read a text file (one name per line, or `number name`), a JSON (name -> id) or an index.
-
-    Raises:
-        ValueError: For an empty list, a name that occurs twice, or the classes of Kinetics-400 in
-            another order than the official one.
-    """
-    if path.suffix == ".parquet":
-        label_map = LabelMap(list(VideoIndex.load(path).class_names))
-    elif not path.is_file():
-        raise ValueError(
-            f"label map not found: {path} (a text file with one class name per line, or an index)"
-        )
-    elif path.suffix.lower() == ".json":
-        label_map = _read_json_label_map(path)
-    else:
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"label map {path} is not a UTF-8 text file: {error}") from None
-        names = [_spelled(line) for line in lines if line.strip()]
-        label_map = _numbered(names) or LabelMap(names)
-    if not label_map.names:
-        raise ValueError(f"label map {path} is empty")
-    _ids_by_key(label_map.names, source=str(path))
-    _check_official_order(label_map.names, source=str(path))
-    return label_map
-
-
-def _numbered(lines: Sequence[str]) -> LabelMap | None:
-    """The label map of lines `number name`; None unless they count from 0 or 1."""
-    matches = [_NUMBERED_NAME.fullmatch(line) for line in lines]
-    names = {int(match[1]): _spelled(match[2]) for match in matches if match}
-    numbers = sorted(names)
-    if len(names) < len(lines) or numbers[:1] not in ([0], [1]):
-        return None
-    if numbers[-1] - numbers[0] != len(numbers) - 1:
-        return None
-    return LabelMap([names[number] for number in numbers], numbers[0])
-
-
-def _read_json_label_map(path: Path) -> LabelMap:
-    """`{name: id}`, as of Something-Something."""
-    try:
-        ids = json.loads(path.read_text("utf-8-sig"))
-        names = {int(i): _spelled(name) for name, i in ids.items()}
-        if len(names) < len(ids) or sorted(names) != list(range(len(ids))):
-            raise ValueError("ids must be 0, 1, 2, ...")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"label map {path} is not a JSON of `name: id`: {error}") from error
-    return LabelMap([names[i] for i in range(len(ids))])
-
-
 # More than any data set has: a larger number is not a label but a time, a size or another id.
 _MAX_CLASSES = 1_000_000
-
-# SHA-256 of the 400 names of Kinetics-400, sorted, joined by newlines.
-_KINETICS_400 = "a8dafb93a1204d4ecfa904f943ce5ee0c62ddeeb1df71aa1f96983fca17d777e"
-
-
-def _check_official_order(names: Sequence[str], *, source: str) -> None:
-    """Raise `ValueError` for the classes of Kinetics-400 in another order than the official one.
-
-    Published weights and lists use the official order (Python's `sorted`): with any other, every
-    accuracy would silently be measured against shuffled classes.
-    """
-    keys = [_key(name) for name in names]
-    in_order = sorted(keys)
-    if _is_kinetics_400(names) and keys != in_order:
-        i = next(i for i, key in enumerate(keys) if key != in_order[i])
-        raise ValueError(
-            f"{source} does not have the 400 classes of Kinetics in the official order: id {i} is "
-            f"{names[i]!r}, expected {in_order[i]!r}; sort the names"
-        )
-
-
-def _is_kinetics_400(names: Sequence[str]) -> bool:
-    in_order = sorted(_key(name) for name in names)
-    return hashlib.sha256("\n".join(in_order).encode()).hexdigest() == _KINETICS_400
 
 
 def label_ids(
@@ -146,7 +54,7 @@ def label_ids(
         label_map = LabelMap(_class_list(labels, where=where, further_names=further_names))
 
     names = label_map.names
-    ids_by_key = _ids_by_key(names, source=source)
+    ids_by_key = ids_by_class(names, source=source)
     numbers_are_names = all(name.isdecimal() for name in names)
     ids = []
     unknown: dict[Label, str] = {}
@@ -155,7 +63,7 @@ def label_ids(
             ids.append(UNKNOWN_LABEL)
             continue
         if isinstance(label, str) or numbers_are_names:
-            i = ids_by_key.get(_key(str(label)))
+            i = ids_by_key.get(class_key(str(label)))
         else:
             i = label - label_map.first_number
         if i is None or not 0 <= i < len(names):
@@ -186,22 +94,24 @@ def _class_list(
                 "`number name` if from 1"
             )
         return [str(i) for i in range(largest + 1)]
-    names = {_spelled(label) for label in labels if isinstance(label, str)}
-    names |= {_spelled(name) for name in further_names}
+    names = {spelled(label) for label in labels if isinstance(label, str)}
+    names |= {spelled(name) for name in further_names}
     merged = _merge_spellings(sorted(names))
     if all(name.isdecimal() for name in merged):
         return sorted(merged, key=int)
-    if _is_kinetics_400(merged):
+    if is_kinetics_400(merged):
         # With both spellings in use, "playing_drums" would sort after "playing guitar".
-        return sorted(merged, key=_key)
+        return sorted(merged, key=class_key)
     return merged
 
 
 def labels_from_folders(paths: Sequence[str], class_names: Sequence[str]) -> list[str] | None:
     """The class named like a folder of the path, for each path; None unless all have one."""
-    classes = {_key(name): name for name in class_names}
+    classes = {class_key(name): name for name in class_names}
     labels = [
-        next((classes[_key(part)] for part in parts[-2::-1] if _key(part) in classes), None)
+        next(
+            (classes[class_key(part)] for part in parts[-2::-1] if class_key(part) in classes), None
+        )
         for parts in (PurePosixPath(path).parts for path in paths)
     ]
     return [label for label in labels if label is not None] if None not in labels else None
@@ -215,13 +125,13 @@ def check_folders(
     This happens if the list counts classes from 1 but the label map from 0, or if their orders
     differ. Folders whose names are numbers are ignored: they need not be classes.
     """
-    classes = {_key(name): i for i, name in enumerate(class_names) if not name.isdecimal()}
+    classes = {class_key(name): i for i, name in enumerate(class_names) if not name.isdecimal()}
     num_agreeing, first_contradiction, num_contradicting = 0, "", 0
     for path, i, place in zip(paths, ids, where, strict=True):
-        folders = {part for part in PurePosixPath(path).parts[:-1] if _key(part) in classes}
+        folders = {part for part in PurePosixPath(path).parts[:-1] if class_key(part) in classes}
         if not folders or i == UNKNOWN_LABEL:
             continue
-        if i in {classes[_key(folder)] for folder in folders}:
+        if i in {classes[class_key(folder)] for folder in folders}:
             num_agreeing += 1
         else:
             num_contradicting += 1
@@ -256,31 +166,9 @@ def _unknown_message(unknown: dict[Label, str], class_names: Sequence[str], *, s
     )
 
 
-def _spelled(name: str) -> str:
-    """Without surrounding blanks and quotes, in the normal form of Unicode (macOS has another)."""
-    return unicodedata.normalize("NFC", name.strip().strip('"'))
-
-
-def _key(name: str) -> str:
-    """Equal for all spellings of a name: folders have `_` where lists have a space."""
-    return _spelled(name).replace("_", " ")
-
-
 def _merge_spellings(names: list[str]) -> list[str]:
     """One spelling per class: of `air drumming` and `air_drumming`, the one with spaces."""
     first_spelling: dict[str, str] = {}
     for name in names:
-        first_spelling.setdefault(_key(name), name)
+        first_spelling.setdefault(class_key(name), name)
     return list(first_spelling.values())
-
-
-def _ids_by_key(class_names: Sequence[str], *, source: str) -> dict[str, int]:
-    ids: dict[str, int] = {}
-    for i, name in enumerate(class_names):
-        if _key(name) in ids:
-            raise ValueError(
-                f"{source} has the class {name!r} twice, with ids {ids[_key(name)]} and {i}; "
-                "each name must occur once (spaces and underscores are equal)"
-            )
-        ids[_key(name)] = i
-    return ids

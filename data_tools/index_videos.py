@@ -36,7 +36,7 @@ from typing import Any
 import av
 
 from data_tools.annotations import read_annotations
-from data_tools.class_names import check_folders, label_ids, labels_from_folders, read_label_map
+from data_tools.class_names import check_folders, label_ids, labels_from_folders
 from data_tools.command_line import (
     add_run_options,
     new_parser,
@@ -45,6 +45,7 @@ from data_tools.command_line import (
 )
 from data_tools.file_status import file_fingerprint
 from data_tools.index_report import IndexReport, Rejected, print_summary
+from data_tools.label_map import read_label_map
 from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.probing import Probed, probe
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step

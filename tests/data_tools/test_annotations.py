@@ -8,8 +8,9 @@ import pytest
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 from data_tools.annotations import read_annotations
-from data_tools.class_names import LabelMap, label_ids
+from data_tools.class_names import label_ids
 from data_tools.find_videos import VIDEO_EXTENSIONS
+from data_tools.label_map import LabelMap
 from data_tools.listed_videos import split_segment_name
 
 OFFICIAL = """label,youtube_id,time_start,time_end,split,is_cc

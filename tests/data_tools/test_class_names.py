@@ -2,13 +2,8 @@
 
 import pytest
 
-from data_tools.class_names import (
-    LabelMap,
-    check_folders,
-    label_ids,
-    labels_from_folders,
-    read_label_map,
-)
+from data_tools.class_names import check_folders, label_ids, labels_from_folders
+from data_tools.label_map import LabelMap, read_label_map
 from i3d_gn.video_io.index import VideoRecord, write_index
 
 
