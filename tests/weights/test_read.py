@@ -22,6 +22,7 @@ from i3d_gn.weights.read import Weights, export_names, read_weights, write_weigh
 from i3d_gn.weights.tensor_names import first_names
 
 SHALLOW = (1, 1, 1, 1)
+KINETICS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -152,6 +153,13 @@ def test_detectron_bgr_input_becomes_rgb(randomized, caffe2_blobs, write_python2
         weights = read_weights(tmp_path / "R-50-GN.pkl")
         info = weights.info
         assert (info.norm, info.num_groups, info.stride_in) == ("gn", 32, "3x3")
+        assert info.std == IMAGENET[1]
+        # Logits hardly depend on the scale, which group norm divides out.
+        factors = 255 * torch.tensor(info.std).view(3, 1, 1)
+        bgr_kernel = torch.from_numpy(blobs["conv1_w"])
+        torch.testing.assert_close(
+            weights.tensors["conv1.weight"], bgr_kernel[:, [2, 1, 0]] * factors, rtol=1e-6, atol=0
+        )
         normalized = normalize(rgb / 255, list(info.mean), list(info.std))
         ours = filled(ResNet2d(SHALLOW, norm="gn"), weights)
         torch.testing.assert_close(logits(ours, normalized), expected, rtol=1e-4, atol=1e-3)
@@ -172,7 +180,7 @@ def test_video_nonlocal_net(randomized, caffe2_blobs, write_python2_pickle, tmp_
     write_python2_pickle(path, {"blobs": blobs})
     weights = read_weights(path)
     assert weights.info.spatial_dims == spatial_dims
-    assert weights.info.mean == (0.45, 0.45, 0.45)
+    assert (weights.info.mean, weights.info.std) == KINETICS
     # Unknown: models for 32 and 8 frames, and PySlowFast's, have the same names.
     assert (weights.info.stem, weights.info.pool_padding) == (None, None)
     if spatial_dims == 3:
@@ -191,6 +199,9 @@ def test_video_nonlocal_net(randomized, caffe2_blobs, write_python2_pickle, tmp_
         scale = blobs[name] / (blobs[stem + "riv"] + 1e-5) ** 0.5
         affine[name], affine[stem + "b"] = scale, blobs[stem + "b"] - blobs[stem + "rm"] * scale
     write_python2_pickle(path, affine, protocol=0)
+    folded = read_weights(path).tensors
+    assert torch.equal(folded["norm1.running_mean"], torch.zeros(64))
+    assert torch.equal(folded["norm1.running_var"] + 1e-5, torch.ones(64))
     frozen = make(SHALLOW, norm="frozen_bn", num_classes=7)
     missing = frozen.load_state_dict(read_weights(path).tensors, strict=False)
     assert missing.missing_keys == ["head.linear.weight", "head.linear.bias"]
@@ -235,19 +246,19 @@ TO_MMACTION2 = (
 
 
 @pytest.mark.parametrize(
-    ("rules", "wrapper", "stem", "mean"),
+    ("rules", "wrapper", "stem", "mean_and_std"),
     [
-        (TO_PYSLOWFAST, "model_state", "8x8", (0.45, 0.45, 0.45)),
-        (TO_MMACTION2, "state_dict", "mmaction2", IMAGENET[0]),
+        (TO_PYSLOWFAST, "model_state", "8x8", KINETICS),
+        (TO_MMACTION2, "state_dict", "mmaction2", IMAGENET),
     ],
 )
-def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean, randomized, tmp_path):
+def test_pyslowfast_and_mmaction2(rules, wrapper, stem, mean_and_std, randomized, tmp_path):
     original = randomized(I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1))
     state = renamed(original.state_dict(), *rules)
     assert not any("norm" in name or "res2." in name for name in state)
     torch.save({wrapper: state, "meta": {"epoch": 1}}, tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
-    assert weights.info.mean == mean
+    assert (weights.info.mean, weights.info.std) == mean_and_std
     ours = I3D(SHALLOW, norm="bn", num_classes=7, stem=stem, pool_padding=1)
     report = load_imagenet_weights(ours, weights)
     assert not report.left_at_init
@@ -296,6 +307,50 @@ def test_metadata_round_trip(tmp_path):
         assert all(torch.equal(weights.tensors[k], v) for k, v in network.state_dict().items())
     with pytest.raises(ValueError, match="not for image networks; use torchvision"):
         write_weights(tmp_path / "w", Weights(network.state_dict(), info), naming="pytorchvideo")
+
+
+VIDEO_MODEL = {
+    "name": "i3d_resnet50", "norm": "bn", "num_groups": None, "channels_per_group": None,
+    "stride_in": "1x1", "stem": "8x8", "inflate": False, "pool_padding": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({}, {"norm": "bn", "num_groups": None}),
+        ({"norm": "sync_bn"}, {"norm": "bn", "num_groups": None}),
+        ({"norm": "gn"}, {"norm": "gn", "num_groups": 32}),
+        ({"norm": "gn", "name": "i3d_tiny"}, {"norm": "gn", "num_groups": 8}),
+        ({"norm": "gn", "num_groups": 4}, {"norm": "gn", "num_groups": 4}),
+        (
+            {"norm": "gn", "channels_per_group": 16},
+            {"norm": "gn", "num_groups": None, "channels_per_group": 16},
+        ),
+        ({"norm": "ln"}, {"norm": "ln", "num_groups": None}),
+    ],
+)
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_checkpoints_describe_their_network(model, expected, spatial_dims):
+    """Built by hand as training writes them; its tensors matter by their names only."""
+    kernel = (1, 1, 1) if spatial_dims == 3 else (1, 1)
+    state = {
+        "conv1.weight": torch.zeros(1, 3, *kernel),
+        "res2.0.conv1.weight": torch.zeros(1, 1, *kernel),
+        "norm1.weight": torch.ones(1),
+    }
+    if expected["norm"] == "bn":
+        state["norm1.running_mean"] = torch.zeros(1)
+    config = {"model": {**VIDEO_MODEL, **model}}
+    normalization = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    info = read_weights({"config": config, "input": normalization, "model": state}).info
+    wanted = {
+        "source": "i3d_gn", "spatial_dims": spatial_dims, "stride_in": "1x1",
+        "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), **expected,
+    }  # fmt: skip
+    if spatial_dims == 3:
+        wanted |= {"stem": "8x8", "inflate": False, "pool_padding": 1}
+    assert info == WeightsInfo(**wanted)
 
 
 def test_weights_with_other_options_are_refused():
