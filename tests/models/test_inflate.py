@@ -224,6 +224,16 @@ def test_other_batch_norms(norm, bn_source):
     assert len(report.loaded) + len(report.unused) == len(bn_source)
 
 
+def test_image_classifier_is_never_loaded(bn_source):
+    """Even if the numbers of classes agree: classes of images are not those of clips."""
+    model = I3D(SHALLOW, norm="bn", num_classes=1000)
+    before = model.head.linear.weight.clone()
+    report = load_imagenet_weights(model, bn_source)
+    assert torch.equal(model.head.linear.weight, before)
+    assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    assert report.unused == ("fc.weight", "fc.bias")
+
+
 def test_group_norm_into_group_norm(gn_source):
     model = I3D(SHALLOW, norm="gn")
     report = load_imagenet_weights(model, gn_source)

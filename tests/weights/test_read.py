@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -358,6 +359,11 @@ def test_weights_with_other_options_are_refused():
     info = WeightsInfo("x", 2, "gn", num_groups=32, stride_in="1x1")
     with pytest.raises(ValueError, match=r"has stride_in=3x3 where the weights need 1x1"):
         load_imagenet_weights(I3D(SHALLOW, norm="gn"), Weights(state, info))
+    for inflate in (False, True):
+        weights = Weights(I3D(SHALLOW, norm="gn").state_dict(), WeightsInfo("x", 3, "gn"))
+        weights = replace(weights, info=replace(weights.info, inflate=inflate))
+        with pytest.raises(ValueError, match=f"inflate={not inflate} where the weights need"):
+            load_imagenet_weights(I3D(SHALLOW, norm="gn", inflate=not inflate), weights)
     model = I3D(SHALLOW, norm="gn", stride_in="1x1")
     load_imagenet_weights(model, Weights(state, info))
     assert torch.equal(model.res5[0].conv2.weight[:, :, 0], state["res5.0.conv2.weight"])
