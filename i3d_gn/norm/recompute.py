@@ -21,7 +21,7 @@ class Recomputation:
             the first of these calls to the last.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], *, num_uses: int = 1) -> None:
+    def __init__(self, compute: Callable[[], Tensor], *, num_uses: int) -> None:
         self._compute = compute
         self._num_uses = num_uses
         self._uses_left = 0

@@ -69,6 +69,9 @@ def test_numbers_too_large_for_labels():
     """E.g. a time in the last column, which must not make a list of a billion names."""
     with pytest.raises(ValueError, match="label 1700000000 .* is it a label"):
         ids_of([1_700_000_000], None)
+    with pytest.raises(ValueError, match="label 1000000 "):
+        ids_of([0, 1_000_000], None)
+    assert len(ids_of([0, 999_999], None)[0]) == 1_000_000
 
 
 def test_label_map_file(tmp_path):

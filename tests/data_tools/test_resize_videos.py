@@ -500,6 +500,23 @@ def test_resampling_shows_what_ffmpeg_would(tmp_path, encode, images, fps, last)
         assert differences.argmin() == own.argmin(), t
 
 
+@pytest.mark.parametrize(
+    ("fps", "num_frames", "rate"),
+    [
+        (50, 32, Fraction(50)),
+        (12.5, 9, Fraction(25, 2)),
+        (10, 7, Fraction(10)),
+        (29.97002997, 19, Fraction(30_000, 1001)),
+    ],
+)
+def test_number_of_resampled_frames(tmp_path, encode, images, fps, num_frames, rate):
+    """16 frames at 25 fps are 0.64 seconds; the last frame is shown at least once."""
+    encode(tmp_path / "in" / "x.mp4", images)
+    assert run(tmp_path / "in", tmp_path / "out", "--fps", fps) == 0
+    _, times = stored_frames(tmp_path / "out" / "x.mp4")
+    np.testing.assert_allclose(times, np.arange(num_frames) / float(rate), atol=1e-6)
+
+
 def test_source_with_new_time_and_same_content_is_not_encoded_again(tmp_path, place_clip):
     source = place_clip(tmp_path / "in" / "x.mp4")
     output = tmp_path / "out" / "x.mp4"

@@ -63,7 +63,7 @@ def test_segments_of_one_video(folder):
 
 
 def test_replacement_matches_by_id(folder):
-    root = folder("replacement/aaa_000011_000021.mp4")
+    root = folder("replacement/aaa_000011_000021.mp4", "train/aaa_000010_000020.mp4")
     assert paths([listed("aaa", 10)], root) == ["replacement/aaa_000011_000021.mp4"]
 
 

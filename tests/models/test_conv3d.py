@@ -51,6 +51,25 @@ def test_bf16_equals_the_3d_convolution_in_fp32(case, layout):
         assert (low.float() - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((3, 1, 1), (1, 1, 1), (1, 1, 1)),
+        ((3, 1, 1), (1, 2, 1), (1, 0, 0)),
+        ((3, 3, 3), (1, 1, 1), (1, 0, 0)),
+        ((1, 3, 3), (1, 1, 1), (2, 1, 0)),
+        ((3, 3, 1), (2, 1, 2), (0, 1, 0)),
+    ],
+)
+def test_uneven_stride_and_padding(kernel, stride, padding):
+    x = torch.randn(2, 4, 6, 7, 8).bfloat16()
+    weight = torch.randn(5, 4, *kernel).bfloat16()
+    expected = F.conv3d(x.float(), weight.float(), None, stride, padding)
+    torch.testing.assert_close(
+        convolve3d(x, weight, stride, padding).float(), expected, rtol=0.01, atol=0.05
+    )
+
+
 def test_autocast_equals_bf16_and_fp32_equals_torch():
     torch.manual_seed(0)
     conv = Conv3d(8, 16, (3, 1, 1), (1, 1, 1), (1, 0, 0), bias=False)

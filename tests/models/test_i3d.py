@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from i3d_gn.models import i3d_resnet50, i3d_resnet101, i3d_tiny
+from i3d_gn.models.blocks import make_stage
 from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
 
 # Shapes (C, T, H, W) of [NL] `resnet_video_org` for clips of 32 x 224 x 224.
@@ -109,6 +110,19 @@ def test_shapes_by_option(options, expected):
     num_frames = 8 if options.get("stem") == "8x8" else 16
     shapes = output_shapes(on_meta(i3d_resnet50, **options), num_frames, 224, 224)
     assert shapes | expected == shapes
+
+
+def test_strided_block_with_equal_channels_has_a_convolution_in_the_shortcut():
+    stage = make_stage(
+        1,
+        16,
+        4,
+        temporal_kernels=(1,),
+        spatial_stride=2,
+        stride_in="3x3",
+        norm=partial(make_norm, "gn", num_groups=2),
+    )
+    assert stage(torch.randn(1, 16, 2, 8, 8)).shape == (1, 16, 2, 4, 4)
 
 
 def test_stride_placement():
@@ -245,8 +259,9 @@ def test_wrong_clips_are_an_error():
         model(torch.zeros(2, 3, 16, 56, 56, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"window=\(7, 7\) does not fit the 2x2"):
         model(torch.randn(2, 3, 16, 56, 56), window=(7, 7))
-    with pytest.raises(ValueError, match=r"window=\(0, 1\)"):
-        model(torch.randn(2, 3, 16, 56, 56), window=(0, 1))
+    for window in ((0, 1), (1, 0), (1, 3), (3, 1)):
+        with pytest.raises(ValueError, match=r"window=\(\d, \d\) does not fit"):
+            model(torch.randn(2, 3, 16, 56, 56), window=window)
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,4 @@ def test_options():
     ]
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
     assert model.head.linear.in_features == 32 * 32
+    assert all(block.recompute for block in model.res4)

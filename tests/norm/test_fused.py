@@ -439,6 +439,12 @@ def test_gradients_with_recompute_equal_those_without(autocast):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_recompute_of_an_empty_batch():
+    stage = two_blocks(True)
+    stage(torch.empty(0, 12, 2, 5, 5, device=DEVICE)).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in stage.parameters())
+
+
 def test_network_with_recomputed_and_checkpointed_stages():
     clips = torch.randn(1, 3, 8, 33, 33, device=DEVICE)
     networks = [

@@ -455,6 +455,13 @@ def test_probe_video(tmp_path, encode_video, plain_video):
     assert info.duration_seconds == pytest.approx(6.0, abs=0.01)
 
 
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_probe_video_with_one_frame(container, tmp_path, encode_video):
+    path = encode_video(tmp_path / f"one.{container}", num_frames=1, rate=20)
+    info = probe_video(path)
+    assert (info.num_frames, info.fps, info.duration_seconds) == (1, 20.0, 0.05)
+
+
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_truncated_file(backend, tmp_path, encode_video, decode_sequentially):
     """Frames before the end are right; one past it is an error."""
