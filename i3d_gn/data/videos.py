@@ -130,7 +130,8 @@ class RandomClips(Dataset[Batch]):
             start, num_frames=self.num_frames, stride=self.stride, video_length=length
         )
         with index.file_of(video) as path:
-            decode_frames(path, indices, plan=plan, backend=self.backend, out=out)
+            size = (int(index.heights[video]), int(index.widths[video]))
+            decode_frames(path, indices, plan=plan, size=size, backend=self.backend, out=out)
 
 
 class TestVideo(NamedTuple):
@@ -232,7 +233,8 @@ class TestVideos(Dataset[TestVideo]):
         )
         try:
             with index.file_of(video) as path:
-                frames = decode_frames(path, unique, plan=plan, backend=self.backend)
+                size = (int(index.heights[video]), int(index.widths[video]))
+                frames = decode_frames(path, unique, plan=plan, size=size, backend=self.backend)
         except VideoDecodeError as error:
             return self.skipped(video, str(error))
         return TestVideo(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +107,19 @@ def test_crops_lie_inside_the_frames(index, spatial, crops):
         assert top + height <= video.frames.shape[1]
         assert left + width <= video.frames.shape[2]
         assert spatial == "full" or (height, width) == (32, 32)
+
+
+def test_video_of_another_size_than_indexed_is_broken_not_squeezed(index):
+    heights = index.heights.copy()
+    heights[1] += 2
+    replaced = dataclasses.replace(index, heights=heights)
+    assert "move_" in replaced.paths[1]
+    batch = RandomClips(replaced, **OPTIONS)[[Sample(0, 0), Sample(1, 1)]]
+    assert len(batch.labels) == len(batch.broken) == 1
+    assert str(index.path_of(1)) in batch.broken[0]
+    whole = TestVideos(
+        replaced, num_clips=2, num_frames=4, stride=2, spacing="nonlocal", align_starts=False,
+        short_side=40, spatial="full", crop_size=32, backend="pyav",
+    )  # fmt: skip
+    assert whole[0].broken is None
+    assert str(index.path_of(1)) in whole[1].broken
