@@ -17,11 +17,16 @@ from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.imagenet.config import ImagenetConfig, default_num_groups
-from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_tiny
+from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_small, resnet_tiny
 from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm, normalize_kernels
 
-_RESNETS = {"resnet50": resnet50, "resnet101": resnet101, "resnet_tiny": resnet_tiny}
+_RESNETS = {
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet_small": resnet_small,
+    "resnet_tiny": resnet_tiny,
+}
 
 
 def build_model(config: ImagenetConfig, device: torch.device) -> nn.Module:

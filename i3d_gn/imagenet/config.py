@@ -14,7 +14,7 @@ from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, m
 class ImageModelConfig:
     """The network."""
 
-    name: Literal["resnet50", "resnet101", "vgg16", "resnet_tiny"] = "resnet50"
+    name: Literal["resnet50", "resnet101", "vgg16", "resnet_small", "resnet_tiny"] = "resnet50"
     num_classes: int = 1000
     norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"
     num_groups: int | None = None  # of gn; see `default_num_groups`
@@ -88,9 +88,9 @@ class ImagenetConfig:
 def default_num_groups(model_name: str) -> int:
     """G of `gn` if neither it nor the channels per group are given: the paper's 32.
 
-    The channels of `resnet_tiny` do not split into 32 groups; it has 8.
+    The channels of `resnet_small` and `resnet_tiny` do not split into 32 groups; they have 8.
     """
-    return 8 if model_name == "resnet_tiny" else 32
+    return 8 if model_name in {"resnet_small", "resnet_tiny"} else 32
 
 
 def load_imagenet_config(path: str | Path, overrides: tuple[str, ...] = ()) -> ImagenetConfig:

@@ -114,3 +114,11 @@ def resnet_tiny(
     """
     norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
     return ResNet2d((1, 1, 1, 1), norm=norm, num_classes=num_classes, width=16, **options)
+
+
+def resnet_small(
+    norm: str | NormFactory = "gn", num_classes: int = 1000, **options: Any
+) -> ResNet2d:
+    """The image network that inflates to `i3d_small`; `gn` means 8 groups."""
+    norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
+    return ResNet2d((1, 2, 2, 1), norm=norm, num_classes=num_classes, width=24, **options)

@@ -16,7 +16,7 @@ from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import RandomClips, TestVideos
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
-from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_tiny
+from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_small, i3d_tiny
 from i3d_gn.models.inflate import NormMismatchError, load_imagenet_weights
 from i3d_gn.norm import make_norm
 from i3d_gn.video.config import Config
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _VARIANTS = {
     "i3d_resnet50": i3d_resnet50,
     "i3d_resnet101": i3d_resnet101,
+    "i3d_small": i3d_small,
     "i3d_tiny": i3d_tiny,
 }
 

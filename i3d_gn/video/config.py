@@ -19,7 +19,7 @@ from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, m
 class ModelConfig:
     """The network, and the weights it starts from."""
 
-    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_tiny"] = "i3d_resnet50"
+    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"
     num_classes: int = 400
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given

@@ -291,7 +291,7 @@ def _info_of_config(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     norm = model["norm"]
     is_gn = norm == "gn"
     is_video = _spatial_dims(tensors) == 3
-    default_groups = 8 if model["name"].endswith("_tiny") else 32
+    default_groups = 8 if model["name"].endswith(("_small", "_tiny")) else 32
     per_group = model["channels_per_group"] if is_gn else None
     return WeightsInfo(
         source="i3d_gn",

@@ -4,8 +4,9 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from i3d_gn.models import I3D, i3d_resnet50
+from i3d_gn.models import I3D, i3d_resnet50, i3d_small, i3d_tiny
 from i3d_gn.models.inflate import NormMismatchError, inflate_kernel, load_imagenet_weights
+from i3d_gn.models.resnet2d import resnet_small, resnet_tiny
 from i3d_gn.norm import GroupNorm
 from i3d_gn.weights.files import write_safetensors
 from i3d_gn.weights.info import WeightsInfo
@@ -240,6 +241,26 @@ def test_group_norm_into_group_norm(gn_source):
     assert torch.equal(model.res4[0].norm3.weight, gn_source["layer3.0.bn3.weight"])
     assert torch.equal(model.res4[0].shortcut_norm.bias, gn_source["layer3.0.downsample.1.bias"])
     assert set(report.left_at_init) == {"head.linear.weight", "head.linear.bias"}
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn", "ln", "in"])
+@pytest.mark.parametrize(("image", "video"), [(resnet_tiny, i3d_tiny), (resnet_small, i3d_small)])
+def test_own_image_networks_inflate_whole(image, video, norm):
+    network = randomize_(image(norm, num_classes=3))
+    config = {"name": image.__name__, "norm": norm, "num_groups": None, "channels_per_group": None}
+    checkpoint = {
+        "model": network.state_dict(),
+        "config": {"model": config},
+        "input": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    model = video(norm, num_classes=5)
+    report = load_imagenet_weights(model, checkpoint)
+    assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
+    assert report.unused == ("head.linear.weight", "head.linear.bias")
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            kernel = network.state_dict()[name]
+            torch.testing.assert_close(tensor.sum(2) if tensor.dim() == 5 else tensor, kernel)
 
 
 @pytest.mark.parametrize(
