@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from typing import Any
 import torch
 from report import markdown_table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from i3d_gn.engine.activation_memory import step_bytes
 from i3d_gn.models import i3d_resnet50
 from i3d_gn.norm import make_norm
 
@@ -47,59 +45,11 @@ NORMS = {
 CLIPS = {"32x2": 32, "64x1": 64}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors allocated in this context that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._track(leaf.untyped_storage())
-        return result
-
-    def exclude(self, tensor: torch.Tensor) -> None:
-        """Do not count a tensor that existed before."""
-        self._sizes[tensor.untyped_storage()._cdata] = 0
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-
 def count(make, num_frames: int, *, size: int = 224) -> tuple[int, int]:
     """Bytes saved for the backward of one clip, and the peak of the step."""
     with torch.device("meta"):
         model = make().to(memory_format=torch.channels_last_3d).train()
-        clip = torch.empty(1, 3, num_frames, size, size, dtype=torch.bfloat16)
-    for module in model.modules():  # as under autocast: the rest stays in float32
-        if isinstance(module, nn.Conv3d | nn.Linear):
-            module.to(torch.bfloat16)
-            module.register_forward_pre_hook(_to_bfloat16)
-    clip = clip.contiguous(memory_format=torch.channels_last_3d)
-    with LiveBytes() as live:
-        for tensor in (clip, *model.parameters(), *model.buffers()):
-            live.exclude(tensor)
-        loss = model(clip).sum()
-        saved = live.now
-        loss.backward()
-        return saved, live.peak
-
-
-def _to_bfloat16(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (inputs[0].to(torch.bfloat16),)
+    return step_bytes(model, (1, 3, num_frames, size, size), torch.bfloat16)
 
 
 def _cells(row: dict[str, Any], batch_norm: dict[str, Any]) -> list[str]:

@@ -83,16 +83,24 @@ def load_typed(
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         for inner_key, value in _flatten(_plain(values)):
             _assign(merged, inner_key, value, where, schema)
-    try:
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{path}: missing value for {', '.join(missing)}")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
-    assert isinstance(config, schema)
-    check(config, path)
-    return config
+    return _checked(merged, path, schema, check)
+
+
+def from_dict(
+    values: dict[str, Any],
+    path: Path,
+    schema: type[ConfigT],
+    check: Callable[[ConfigT, Path], None],
+) -> ConfigT:
+    """The dataclass `schema` from what `to_dict` returned and the file `path` contains.
+
+    Raises:
+        ConfigError: As `load_typed`.
+    """
+    merged = _writable_schema(schema)
+    for key, value in _flatten(values):
+        _assign(merged, key, value, str(path), schema)
+    return _checked(merged, path, schema, check)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -150,6 +158,21 @@ def check_numbers(
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not (holds(number) and math.isfinite(number)):
                     raise ConfigError(f"{where}{key} is {number}; it must {rule}")
+
+
+def _checked(
+    merged: Any, path: Path, schema: type[ConfigT], check: Callable[[ConfigT, Path], None]
+) -> ConfigT:
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path}: missing value for {', '.join(missing)}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
+    assert isinstance(config, schema)
+    check(config, path)
+    return config
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

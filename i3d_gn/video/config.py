@@ -12,7 +12,13 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from i3d_gn.engine.recipe import Recipe, check_optimizer_values
-from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, machine_key
+from i3d_gn.engine.typed_config import (
+    ConfigError,
+    check_numbers,
+    from_dict,
+    load_typed,
+    machine_key,
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             has a wrong type.
     """
     return load_typed(path, overrides, Config, _check_values)
+
+
+def config_of_checkpoint(saved: dict[str, Any], path: Path) -> Config:
+    """The config that trained a checkpoint, from its contents.
+
+    Raises:
+        ConfigError: It is not the config of a video run, or of a newer version of this package.
+    """
+    if not isinstance(saved["config"].get("clip"), dict):
+        raise ConfigError(f"{path} is not of a video network: its config has no clips")
+    return from_dict(saved["config"], path, Config, _check_values)
 
 
 def _check_values(config: Config, path: Path) -> None:

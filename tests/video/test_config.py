@@ -10,7 +10,7 @@ from i3d_gn import cli
 from i3d_gn.engine.optim import learning_rate
 from i3d_gn.engine.typed_config import ConfigError, config_hash, differences, to_dict, to_yaml
 from i3d_gn.video import build
-from i3d_gn.video.config import Config, load_config
+from i3d_gn.video.config import Config, config_of_checkpoint, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALL = sorted(REPOSITORY.glob("configs/**/*.yaml"))
@@ -290,3 +290,25 @@ def test_file_that_is_no_config_is_refused_quickly(tmp_path):
         load_config(write(tmp_path, "a: " + "[" * 10_000))
     with pytest.raises(ConfigError, match="over 100 kB"):
         load_config(write(tmp_path, "# comment\n" * 1_000_000))
+
+
+def test_config_of_a_checkpoint_is_the_one_that_trained_it(small_run, tmp_path):
+    config = small_run("model.norm=bn", "data.mean=[0.1,0.2,0.3]", "train.milestones=[1,2]")
+    saved = {"config": to_dict(config)}
+    assert config_of_checkpoint(saved, tmp_path / "x.pt") == config
+
+
+def test_config_of_an_older_checkpoint_takes_defaults(small_run, tmp_path):
+    saved = {"config": to_dict(small_run())}
+    del saved["config"]["model"]["stride_in"]
+    assert config_of_checkpoint(saved, tmp_path / "x.pt").model.stride_in == "3x3"
+
+
+def test_config_of_another_checkpoint_is_an_error(small_run, tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(ConfigError, match=r"x\.pt is not of a video network"):
+        config_of_checkpoint({"config": {"model": {}}}, path)
+    saved = {"config": to_dict(small_run())}
+    saved["config"]["model"]["of_the_future"] = 1
+    with pytest.raises(ConfigError, match=r"x\.pt: unknown key 'model\.of_the_future'"):
+        config_of_checkpoint(saved, path)
