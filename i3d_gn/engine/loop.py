@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from i3d_gn.data.batches import Batch
 from i3d_gn.data.loader import TimedIterator
 from i3d_gn.data.samplers import micro_batches_per_rank
+from i3d_gn.engine.activations import ActivationPercentiles
 from i3d_gn.engine.checkpoint import (
     CheckpointError,
     delete_before_validation,
@@ -33,6 +35,7 @@ from i3d_gn.engine.checkpoint import (
 )
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import RankError, StopVote, names_that_differ
+from i3d_gn.engine.environment import environment, memory_gib
 from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_dir import DirLock, check_same_run, write_run_config
@@ -41,9 +44,12 @@ from i3d_gn.engine.stop_signals import StopSignals
 from i3d_gn.engine.task import Task
 from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, config_hash, to_dict
+from i3d_gn.files import write_json
 
 logger = logging.getLogger(__name__)
 
+# Samples shown as pictures.
+_MAX_STRIPS = 8
 # Broken samples up to which their share says nothing.
 _FEW_BROKEN = 10
 
@@ -92,10 +98,12 @@ class TrainingLoop:
             self._check_same_data(saved, path)
         if self.process.is_main:
             write_run_config(output_dir, config)
+            write_json(output_dir / "environment.json", environment(self.process))
 
         torch.manual_seed(seed)
         torch.backends.cudnn.benchmark = True  # shapes never change
         self.model = task.build_model()
+        self.activations = ActivationPercentiles(self.model, recipe.log_activations)
         self.optimizer = build_sgd(self.model, recipe)
         if saved is None:
             task.load_weights(self.model)
@@ -136,6 +144,7 @@ class TrainingLoop:
                 self.output_dir,
                 last_step=self.first_step,
                 validate_last=self._validate_first,
+                config=self.config,
                 enabled=self.process.is_main,
             ) as self.log,
         ):
@@ -150,19 +159,26 @@ class TrainingLoop:
 
     def _run(self, signals: StopSignals) -> None:
         recipe, steps = self.recipe, self.recipe.steps
-        batches = TimedIterator(iter(self.task.training_batches(self.first_step)))
+        batches = iter(self.task.training_batches(self.first_step))
+        if not self.first_step and self.process.is_main:
+            batches = self._show_first(batches)
+        batches = TimedIterator(batches)
         self._vote = StopVote(self.process, timeout_minutes=recipe.rank_timeout_minutes)
         if self._validate_first:
             self._validate_and_save(self.first_step, signals)
         clock = _Clock(self.first_step)
         for step in range(self.first_step, steps):
+            done = step + 1
+            logs = done % recipe.log_every == 0 or done == steps
             with signals.deferred():
                 lr = learning_rate(step, recipe)
                 set_lr(self.optimizer, lr)
-                for line in self.trainer.step(step, batches):
-                    logger.warning("skipped in step %d: %s", step + 1, line)
-                done = step + 1
-                if done % recipe.log_every == 0 or done == steps:
+                self.trainer.measure_gradient = logs
+                with self.activations.measured(logs):
+                    broken = self.trainer.step(step, batches)
+                for line in broken:
+                    logger.warning("skipped in step %d: %s", done, line)
+                if logs:
                     self._write_log(done, lr, clock, batches)
                 validates = done % recipe.validate_every == 0 or done == steps
                 stop = self._vote(signals.received is not None)
@@ -180,6 +196,15 @@ class TrainingLoop:
                     self._validate_and_save(done, signals)
             else:
                 self._save_if_due(done, signals)
+
+    def _show_first(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on, and log their first samples as pictures."""
+        for _, batch in zip(range(_MAX_STRIPS), batches, strict=False):
+            room = _MAX_STRIPS - self.log.num_strips
+            for strip in self.task.strips(batch)[:room] if room else ():
+                self.log.write_strip(strip)
+            yield batch
+        yield from batches
 
     def _validate_and_save(self, done: int, signals: StopSignals) -> None:
         """Validate; a run that stops meanwhile resumes here, from the checkpoint made for that."""
@@ -248,8 +273,9 @@ class TrainingLoop:
         timing = {
             "samples_per_second": values["samples"] / seconds,
             "data_wait_share": batches.seconds_waited / seconds,
+            "memory_gib": memory_gib(self.process.device),
         }
-        self.log.write("train", done, {**values, "lr": lr}, timing)
+        self.log.write("train", done, {**values, "lr": lr, **self._measured()}, timing)
         logger.info(
             "step %d/%d  %s  lr %.2g  %.1f %s/s  waiting for data %.0f %%  %s left",
             done, self.recipe.steps, self.task.summary(values), lr,
@@ -259,6 +285,16 @@ class TrainingLoop:
         self._check_broken(int(values["samples"]))
         batches.seconds_waited = 0.0
         clock.restart(done)
+
+    def _measured(self) -> dict[str, Any]:
+        """Norm of the last gradient (None if fp16 skipped its step), percentiles of activations."""
+        assert self.trainer.gradient_norm is not None
+        norm = float(self.trainer.gradient_norm)
+        activations = self.activations.read()
+        return {
+            "grad_norm": norm if math.isfinite(norm) else None,
+            **({"activations": activations} if activations else {}),
+        }
 
     def _check_broken(self, num_since_last_line: int) -> None:
         unit, task = self.task.unit, self.task

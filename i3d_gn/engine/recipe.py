@@ -31,6 +31,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     log_every: int = machine_key(20)
+    log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
     validate_every: int = 10_000
     checkpoint_every: int = machine_key(5_000)
     keep_checkpoints: int = machine_key(3)
@@ -56,6 +57,10 @@ def check_optimizer_values(train: Any, where: str) -> None:
     if train.nesterov and not train.momentum:
         raise ConfigError(
             f"{where}nesterov needs momentum, which is 0; set nesterov to false, or a momentum"
+        )
+    if train.log_activations and train.compile:
+        raise ConfigError(
+            f"{where}log_activations needs layers that are not compiled; set {where}compile=false"
         )
     if list(train.milestones) != sorted(set(train.milestones)):
         raise ConfigError(f"{where}milestones {list(train.milestones)} must increase")

@@ -1,20 +1,27 @@
-"""The log of a run: lines of JSON, and TensorBoard events."""
+"""The log of a run: lines of JSON, TensorBoard events, and pictures of its first samples."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from i3d_gn.engine.typed_config import to_flat_dict
 from i3d_gn.files import write_text
+from i3d_gn.video_io.strips import Strip, read_strips, write_strip
+
+STRIPS = "training_clips"
+PERCENTILES = (1, 20, 80, 99)  # of activations, as in [GN] Fig. 6
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """`log.jsonl` and `tensorboard/` under `output_dir`; a context manager.
+    """`log.jsonl`, `tensorboard/`, `training_clips/` under `output_dir`; a context manager.
 
     Lines after `last_step`, which a stopped run wrote after its last checkpoint, are removed, so
     that the log of a resumed run equals that of an uninterrupted one in everything but `timing`.
@@ -23,11 +30,18 @@ class RunLog:
         output_dir: Of the run.
         last_step: Optimizer steps done when the run resumes.
         validate_last: The validation after `last_step` is still to be done: drop its lines.
+        config: Of the run, for TensorBoard's table of hyperparameters.
         enabled: False on all ranks but 0, where nothing is written.
     """
 
     def __init__(
-        self, output_dir: Path, *, last_step: int, validate_last: bool = False, enabled: bool = True
+        self,
+        output_dir: Path,
+        *,
+        last_step: int,
+        validate_last: bool = False,
+        config: Any = None,
+        enabled: bool = True,
     ) -> None:
         self.enabled = enabled
         if not enabled:
@@ -41,7 +55,12 @@ class RunLog:
         ]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _TensorBoard(output_dir / "tensorboard", kept)
+        self._strips = output_dir / STRIPS
+        if not last_step:
+            shutil.rmtree(self._strips, ignore_errors=True)
+        strips = read_strips(self._strips)
+        self.num_strips = len(strips)
+        self._tensorboard = _TensorBoard(output_dir / "tensorboard", kept, strips, config)
 
     def __enter__(self) -> RunLog:
         return self
@@ -67,6 +86,13 @@ class RunLog:
         self._file.flush()
         self._tensorboard.add(line)
 
+    def write_strip(self, strip: Strip) -> None:
+        """Add a picture of a training sample; called before the first step."""
+        if self.enabled:
+            write_strip(self._strips / f"{self.num_strips:02d}.png", strip)
+            self._tensorboard.add_strip(self.num_strips, strip)
+            self.num_strips += 1
+
     def flush(self) -> None:
         """Write everything to disk: no checkpoint may be newer than the log lines before it."""
         if self.enabled:
@@ -81,14 +107,18 @@ class RunLog:
 
 
 class _TensorBoard:
-    """The scalars of the log as TensorBoard events.
+    """The log as TensorBoard events: scalars, pictures, hyperparameters with final metrics.
 
     They are written anew from the log when a run resumes: TensorBoard orders event files by the
     clock, which may have been set back. If they cannot be written, training continues without them.
     """
 
-    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, lines: list[dict[str, Any]], strips: list[Strip], config: Any
+    ) -> None:
         self._writer = None
+        self._config = config
+        self._metrics: dict[str, float] = {}  # tags that are results, with their last values
         try:
             # Imports torch, which reading a log does not need.
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
@@ -98,6 +128,8 @@ class _TensorBoard:
             self._writer = SummaryWriter(str(folder))
         except OSError as error:
             self._give_up(error)
+        for number, strip in enumerate(strips):
+            self.add_strip(number, strip)
         for line in lines:
             self.add(line)
 
@@ -108,21 +140,52 @@ class _TensorBoard:
         for name, value in {**values, **line.get("timing", {})}.items():
             if isinstance(value, (int, float)):
                 self._try("add_scalar", f"{kind}/{name}", value, step)
+                if kind != "train":
+                    self._metrics[f"{kind}/{name}"] = value
+        for layer, percentiles in line.get("activations", {}).items():
+            for percent, value in zip(PERCENTILES, percentiles, strict=True):
+                self._try("add_scalar", f"activations/{layer}/{percent:02d}", value, step)
+
+    def add_strip(self, number: int, strip: Strip) -> None:
+        """Add a picture of a training sample."""
+        tag = f"{STRIPS}/{number:02d} {strip.caption}"
+        self._try("add_image", tag, strip.pixels, 0, None, "HWC")
 
     def flush(self) -> None:
         """Write to disk; the writer has a queue and, with TensorFlow, a buffer of two minutes."""
         self._try("flush")
 
     def close(self) -> None:
-        """Flush and close."""
+        """Write the hyperparameters, flush, close."""
+        if self._config is not None:
+            self._try_call(self._add_hparams)
         self._try("close")
+
+    def _add_hparams(self) -> None:
+        """Add the config, and which scalars are results, to the same file as the scalars.
+
+        `SummaryWriter.add_hparams` would add a run to the list of runs.
+        """
+        from torch.utils.tensorboard.summary import hparams  # noqa: PLC0415 (imports torch)
+
+        if self._writer is None or self._writer.file_writer is None:
+            return
+        values = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in to_flat_dict(self._config).items()
+        }
+        for summary in hparams(values, self._metrics):
+            self._writer.file_writer.add_summary(summary)
 
     def _try(self, method: str, *arguments: Any) -> None:
         if self._writer is not None:
-            try:
-                getattr(self._writer, method)(*arguments)
-            except OSError as error:
-                self._give_up(error)
+            self._try_call(getattr(self._writer, method), *arguments)
+
+    def _try_call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         self._writer = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from i3d_gn.data.batches import Batch
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_log import RunLog
+from i3d_gn.video_io.strips import Strip
 
 
 class Metrics(Protocol):
@@ -66,6 +67,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def training_batches(self, first_step: int) -> Iterable[Batch]:
         """This rank's micro-batches from `first_step` to the end of the run."""
+
+    def strips(self, batch: Batch) -> list[Strip]:
+        """The samples of a training batch as pictures, to show what the network sees."""
+        return []
 
     @abc.abstractmethod
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:

@@ -49,6 +49,8 @@ class Trainer:
         self.seed = seed
         self.clip_grad_norm = clip_grad_norm
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=loss_scaling)
+        self.measure_gradient = False  # put the norm before clipping into `gradient_norm`
+        self.gradient_norm: Tensor | None = None
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
 
     def step(self, step: int, batches: Iterator[Batch]) -> list[str]:
@@ -73,7 +75,12 @@ class Trainer:
             broken += batch.broken
         if self.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad_norm)
+            self.gradient_norm = nn.utils.clip_grad_norm_(
+                self.network.parameters(), self.clip_grad_norm
+            )
+        elif self.measure_gradient:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients) / self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return broken

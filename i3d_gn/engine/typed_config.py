@@ -108,6 +108,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def to_flat_dict(config: Any) -> dict[str, Any]:
+    """The config as `{"section.key": value}`."""
+    return dict(_flatten(to_dict(config)))
+
+
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML text that `load_typed` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -98,6 +98,7 @@ def recipe(config: ImagenetConfig, steps_per_epoch: int) -> Recipe:
         precision=train.precision,
         compile=train.compile,
         log_every=train.log_every,
+        log_activations=train.log_activations,
         validate_every=steps_per_epoch,
         checkpoint_every=train.checkpoint_every_epochs * steps_per_epoch,
         keep_checkpoints=train.keep_checkpoints,

@@ -58,6 +58,7 @@ class ImageTrainConfig:
     channels_last: bool = True
     compile: bool = False
     log_every: int = machine_key(100)
+    log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
     checkpoint_every_epochs: int = machine_key(1)
     keep_checkpoints: int = machine_key(2)
     rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another

@@ -1,6 +1,7 @@
 """Train a video network: what is built, and how it is validated. The loop is `i3d_gn.engine.loop`.
 
-Writes under `output_dir`: `config.yaml` (resolved), `log.jsonl`, `tensorboard/`, `checkpoints/`.
+Writes under `output_dir`: `config.yaml` (resolved), `environment.json`, `log.jsonl`,
+`tensorboard/`, `training_clips/` (the first clips as the network sees them) and `checkpoints/`.
 """
 
 import logging
@@ -25,6 +26,7 @@ from i3d_gn.models import I3D
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
 from i3d_gn.video.evaluate import evaluate_model
+from i3d_gn.video_io.strips import Strip, frame_strip
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,18 @@ class VideoTraining(ClassificationTask):
     def training_batches(self, first_step: int) -> Iterable[Batch]:
         """Random clips of the shuffled training videos."""
         return self._shuffled(Stream.TRAIN_CLIP, range(first_step, self.config.train.steps))
+
+    def strips(self, batch: Batch) -> list[Strip]:
+        """Frames of each clip, before normalization."""
+        clips = batch.inputs[batch.weights > 0].cpu().numpy()
+        labels = batch.labels[batch.weights > 0].tolist()
+        return [
+            Strip(
+                self.train_index.class_names[label],
+                frame_strip(clip, num_frames=8, max_height=112),
+            )
+            for clip, label in zip(clips, labels, strict=True)
+        ]
 
     def validate(self, model: nn.Module, step: int, log: RunLog) -> None:
         """Update BN's statistics if there are any, then score the validation videos."""

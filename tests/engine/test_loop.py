@@ -1,5 +1,6 @@
 """The loop with a task of its own kind: a network that returns its loss, as detectors do."""
 
+import json
 import os
 import signal
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.loop import TrainingLoop
-from i3d_gn.engine.recipe import Recipe
+from i3d_gn.engine.recipe import Recipe, check_optimizer_values
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.task import Task
 from i3d_gn.engine.typed_config import ConfigError
@@ -335,3 +336,32 @@ def test_stale_temporary_files_are_deleted(tmp_path):
         path.touch()
     train(tmp_path, ToyTask(recipe(steps=2)))
     assert not any(path.exists() for path in stale)
+
+
+def test_logging_activations_changes_no_result(tmp_path):
+    logs, weights = [], []
+    for name, layers in (("with", ("linear",)), ("without", ())):
+        loop = train(tmp_path / name, ToyTask(recipe(log_activations=layers)))
+        logs.append(read_log(tmp_path / name / "log.jsonl"))
+        weights.append(loop.model.linear.weight)
+    assert torch.equal(*weights)
+    for line, other in zip(*logs, strict=True):
+        if line["kind"] == "train":
+            assert len(line.pop("activations")["linear"]) == 4
+            assert line["grad_norm"] > 0
+            assert line.pop("timing")["memory_gib"] > 0.05
+            del other["timing"]
+        assert line == other
+
+
+def test_layers_of_a_compiled_network_are_refused():
+    with pytest.raises(ConfigError, match=r"train\.log_activations .*train\.compile=false"):
+        check_optimizer_values(recipe(log_activations=("linear",), compile=True), "train.")
+
+
+def test_environment_names_versions_and_device(tmp_path):
+    train(tmp_path, ToyTask(recipe()))
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["ranks"] == 1
+    assert "cores" in found["device"]

@@ -1,8 +1,18 @@
 import time
+from dataclasses import dataclass
 
+import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_log import RunLog, read_log
+from i3d_gn.video_io.strips import Strip, read_strips
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    train: Recipe
 
 
 def test_resume_drops_lines_after_the_checkpoint(tmp_path):
@@ -98,3 +108,52 @@ def test_disabled_log_writes_nothing(tmp_path):
         log.write("a", 1, {"x": 0.5})
         log.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+def strip(caption, value):
+    return Strip(caption, np.full((4, 6, 3), value, dtype=np.uint8))
+
+
+def test_strips_are_in_the_folder_and_in_tensorboard_after_resuming(tmp_path):
+    captions = ["pouring beer/café", "ski jumping"]
+    with RunLog(tmp_path, last_step=0) as log:
+        log.write_strip(strip("of a run that was started over", 9))
+    with RunLog(tmp_path, last_step=0) as log:
+        for value, caption in enumerate(captions):
+            log.write_strip(strip(caption, value))
+    (tmp_path / "training_clips" / "02.png").write_bytes(b"damaged")
+    RunLog(tmp_path, last_step=3).close()
+    found = read_strips(tmp_path / "training_clips")
+    assert [s.caption for s in found] == captions
+    assert [int(s.pixels.max()) for s in found] == [0, 1]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = [f"training_clips/{i:02d} {caption}" for i, caption in enumerate(captions)]
+    assert events.Tags()["images"] == tags
+    (image,) = events.Images(tags[1])
+    assert (image.step, image.width, image.height) == (0, 6, 4)
+
+
+def test_tensorboard_has_hyperparameters_and_which_scalars_are_results(tmp_path):
+    config = ToyConfig(Recipe(steps=7, milestones=(3, 5)))
+    with RunLog(tmp_path, last_step=0, config=config) as log:
+        log.write("train", 1, {"loss": 1.0})
+        log.write("val", 7, {"top1": 12.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = {
+        tag: HParamsPluginData.FromString(data)
+        for tag, data in events.PluginTagToContent("hparams").items()
+    }
+    start = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert start["train.steps"].number_value == 7
+    assert start["train.milestones"].string_value == "[3, 5]"
+    assert start["train.nesterov"].number_value == 1
+    metrics = content["_hparams_/experiment"].experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["val/top1"]
+    assert events.Scalars("val/top1")[-1].value == 12.5
+
+
+def test_percentiles_of_activations_are_scalars(tmp_path):
+    with RunLog(tmp_path, last_step=0) as log:
+        log.write("train", 2, {"activations": {"conv1": [1.0, 2.0, 3.0, 4.0]}})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("activations/conv1/80")[0].value == 3.0

@@ -299,3 +299,25 @@ def test_step_on_a_gpu_never_synchronizes(precision):
             torch.cuda.set_sync_debug_mode("default")
         losses[place] = task.metrics.read_and_reset()["loss"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
+@pytest.mark.parametrize("clip_grad_norm", [None, 1e-3])
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_gradient_norm_is_that_of_the_mean_loss_before_clipping(clip_grad_norm, scale):
+    model = small_model()
+    reference = copy.deepcopy(model)
+    batch = clip_batch(2)
+    F.cross_entropy(reference(TO_DEVICE(batch.inputs)), batch.labels).backward()
+    expected = sum((p.grad.double() ** 2).sum() for p in reference.parameters()).sqrt()
+    trainer = trainer_for(model, clip_grad_norm=clip_grad_norm)
+    if scale is not None:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.measure_gradient = True
+    trainer.step(0, iter([batch]))
+    assert float(trainer.gradient_norm) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_gradient_norm_is_not_measured_unless_asked_for():
+    trainer = trainer_for(small_model())
+    trainer.step(0, iter([clip_batch(2)]))
+    assert trainer.gradient_norm is None

@@ -165,6 +165,9 @@ KEYS = {
         ["train.compile=true"], lambda b: b.model._compiled_call_impl is not None, True
     ),
     "train.log_every": (["train.log_every=7"], lambda b: b.recipe.log_every, 7),
+    "train.log_activations": (
+        ["train.log_activations=[conv1]"], lambda b: b.activations.layers, ("conv1",)
+    ),
     "train.checkpoint_every_epochs": (
         ["train.checkpoint_every_epochs=2"], lambda b: b.recipe.checkpoint_every, 8
     ),

@@ -193,6 +193,9 @@ KEYS = {
         ),
         (True, True),
     ),
+    "train.log_activations": (
+        ["train.log_activations=[conv1]"], lambda b: b.loop.activations.layers, ("conv1",)
+    ),
     "train.compile": (
         ["train.compile=true"], lambda b: b.loop.model._compiled_call_impl is not None, True
     ),

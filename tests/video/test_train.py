@@ -20,12 +20,14 @@ from i3d_gn.engine.checkpoint import (
 )
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.run_log import RunLog, read_log
 from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
-from i3d_gn.video.train import train
+from i3d_gn.video.train import VideoTraining, train
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
+from i3d_gn.video_io.strips import read_strips
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -412,3 +414,32 @@ def test_compiled_network_trains_the_same_on_a_gpu(small_run, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-2)
     checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "compiled" / "checkpoints"))
     assert "conv1.weight" in checkpoint["model"]  # the names of the network that is not compiled
+
+
+def test_strips_are_the_clips_that_the_network_gets(small_run, tmp_path):
+    config = small_run("train.steps=2", "data.num_workers=1")
+    seen = []
+    task = VideoTraining(config, PROCESS)
+    loss = task.loss
+
+    def record(network, batch):
+        seen.extend(zip(batch.inputs.numpy(), batch.labels.tolist(), strict=True))
+        return loss(network, batch)
+
+    task.loss = record
+    folder = tmp_path / "run"
+    TrainingLoop(task, config.train, config=config, seed=0, output_dir=folder).run()
+    strips = read_strips(folder / "training_clips")
+    assert len(strips) == len(seen) == 8
+    for strip, (clip, label) in zip(strips, seen, strict=True):
+        assert strip.caption == task.train_index.class_names[label]
+        for i, frame in enumerate(clip):
+            assert (strip.pixels[:, i * 38 : i * 38 + 36] == frame).all()
+
+
+def test_resumed_run_keeps_its_strips(small_run, tmp_path):
+    train(small_run("train.steps=2"), PROCESS)
+    before = read_strips(tmp_path / "run" / "training_clips")
+    train(small_run("train.steps=3"), PROCESS)
+    after = read_strips(tmp_path / "run" / "training_clips")
+    assert [s.pixels.tobytes() for s in after] == [s.pixels.tobytes() for s in before]
