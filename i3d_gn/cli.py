@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("i3d_gn.video.commands:train", "train a video network from a YAML config"),
     "evaluate": ("i3d_gn.video.commands:evaluate", "test it with 10 clips per video"),
     "grid": ("i3d_gn.engine.grid:main", "run every combination of a grid of overrides"),
+    "compare": ("i3d_gn.video.commands:compare", "compare tests of runs video by video"),
     "report": ("i3d_gn.video.commands:report", "tabulate and plot runs"),
     "train-imagenet": ("i3d_gn.imagenet.commands:train", "train an image network"),
     "table": ("i3d_gn.imagenet.commands:table", "print the paper's ImageNet tables beside runs"),

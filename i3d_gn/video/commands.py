@@ -1,6 +1,7 @@
 """The commands of this room: their options, and what runs. Torch is imported when one runs."""
 
 import argparse
+import glob
 from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
@@ -66,4 +67,35 @@ def report(argv: list[str]) -> int:
     print(table(runs))
     plot(runs, args.out)
     print(f"\ncurves: {args.out}")
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    """`i3d-gn compare`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn compare",
+        description="Compare tested networks video by video, each with the first: difference with "
+        "a 95 % bootstrap interval, and McNemar's test.",
+    )
+    parser.add_argument(
+        "entries", nargs="+", metavar="NAME=RUNS",
+        help="runs that belong together, such as folds: a pattern, e.g. 'gn=runs/grid/gn-*'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", type=Path, metavar="CSV",
+        help="file with columns path and the one below: videos that were cut from one recording",
+    )  # fmt: skip
+    parser.add_argument("--group-column", default="recording", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    from i3d_gn.video.compare import comparison, read_entry, read_groups
+
+    entries = []
+    for text in args.entries:
+        name, equals, pattern = text.partition("=")
+        folders = [Path(folder) for folder in sorted(glob.glob(pattern))]
+        if not equals or not folders:
+            raise ValueError(f"{text!r}: expected NAME=RUNS, where RUNS matches folders of runs")
+        entries.append(read_entry(name, folders))
+    groups = read_groups(args.groups, args.group_column) if args.groups else {}
+    print(comparison(entries, groups))
     return 0
