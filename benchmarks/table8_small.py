@@ -1,0 +1,112 @@
+"""Table 8 of Group Normalization in small: the table and the curves of docs/results/table8_small.md.
+
+Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml` that are finished; the folders are
+named <cell>-<fold>-<seed>, and cells <norm>_<frames>x<stride>_<clips per worker>.
+
+    python benchmarks/table8_small.py runs/table8_small --groups data/fight_surv/list.csv \
+        --figure docs/results/table8_small.png
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.markdown import markdown_table
+from i3d_gn.engine.run_log import read_log
+from i3d_gn.video.compare import (
+    Entry,
+    accuracy,
+    comparison,
+    difference,
+    discordant,
+    mcnemar,
+    read_entry,
+    read_groups,
+)
+
+# [GN] Table 8: top-1 on Kinetics-400, by norm and by the columns below.
+PAPER = {"bn": (73.3, 72.1, 73.3), "gn": (73.0, 72.8, 74.5)}
+COLUMNS = ("16x2_8", "16x2_4", "32x1_4")
+COLORS = {"16x2_8": "#0072b2", "16x2_4": "#d55e00", "32x1_4": "#009e73"}  # of Okabe & Ito
+
+
+def finished(folder: Path) -> dict[str, list[Path]]:
+    """Cell -> its runs that have been tested."""
+    cells: dict[str, list[Path]] = defaultdict(list)
+    for results in sorted(folder.glob("*/test_*/results.json")):
+        run = results.parent.parent
+        cells[run.name.split("-")[0]].append(run)
+    return cells
+
+
+def main_table(entries: dict[str, Entry], groups: dict[str, str]) -> str:
+    """The six cells in the layout of Table 8, and GN against BN in each column."""
+    rows = [["", *(name.replace("_", ", ") + " clips per worker" for name in COLUMNS)]]
+    for norm in ("bn", "gn"):
+        paper = [f"{value:.1f}" for value in PAPER[norm]]
+        rows.append([f"{norm.upper()}, paper (32x2, 8; 32x2, 4; 64x1, 4)", *paper])
+        here = [entries.get(f"{norm}_{column}") for column in COLUMNS]
+        cells = ["not run" if entry is None else str(accuracy(entry, groups)) for entry in here]
+        rows.append([f"{norm.upper()}, here", *cells])
+    last = ["GN - BN, here"]
+    for column in COLUMNS:
+        gn, bn = entries.get(f"gn_{column}"), entries.get(f"bn_{column}")
+        if gn is None or bn is None:
+            last.append("")
+            continue
+        p = mcnemar(*discordant(gn, bn))
+        last.append(f"{difference(gn, bn, groups)}, p = {p:.2f}")
+    return markdown_table([*rows, last])
+
+
+def draw_curves(cells: dict[str, list[Path]], path: Path) -> None:
+    """Errors over training in the manner of Fig. 7: BN left, GN right, training dashed."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, norm in zip(axes, ("bn", "gn"), strict=True):
+        for column in COLUMNS:
+            runs = cells.get(f"{norm}_{column}", [])
+            if not runs:
+                continue
+            frames, _, clips = column.partition("_")
+            for kind, style in (("train", "--"), ("val", "-")):
+                logs = [
+                    [x for x in read_log(run / "log.jsonl") if x["kind"] == kind] for run in runs
+                ]
+                steps = [line["step"] for line in logs[0]]
+                errors = np.array([[100 - line["top1"] for line in log] for log in logs])
+                if kind == "train":  # three log lines per point, or single videos dominate
+                    steps, errors = steps[2::3], errors.reshape(len(runs), -1, 3).mean(2)
+                label = f"{frames}, {clips} clips per worker" if kind == "val" else None
+                axis.plot(steps, errors.mean(0), style, color=COLORS[column], label=label, lw=1.6)
+        axis.set(title=norm.upper(), xlabel="step", xlim=(0, None), ylim=(0, 60))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("error (%)")
+    axes[1].legend(frameon=False, title="validation (training dashed)")
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--groups", type=Path, required=True)
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    groups = read_groups(args.groups, "recording")
+    cells = finished(args.runs)
+    entries = {cell: read_entry(cell, runs) for cell, runs in cells.items()}
+    print(main_table(entries, groups), "\n")
+    reference = "bn_16x2_8"
+    rest = [entries[cell] for cell in sorted(entries) if cell != reference]
+    print(comparison([entries[reference], *rest], groups))
+    if args.figure:
+        draw_curves(cells, args.figure)
+
+
+if __name__ == "__main__":
+    main()
