@@ -1,7 +1,7 @@
-"""Table 8 of Group Normalization in small: the table and the curves of docs/results/table8_small.md.
+"""Table 8 of Group Normalization in small: table and curves of docs/results/table8_small.md.
 
-Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml` that are finished; the folders are
-named <cell>-<fold>-<seed>, and cells <norm>_<frames>x<stride>_<clips per worker>.
+Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml` that are finished. Their folders
+are named <cell>-<fold>, and cells <norm>_<frames>x<stride>_<clips per worker>.
 
     python benchmarks/table8_small.py runs/table8_small --groups data/fight_surv/list.csv \
         --figure docs/results/table8_small.png
