@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from omegaconf import MISSING
-
 from i3d_gn.engine.typed_config import ConfigError, check_numbers, machine_key
 
 
@@ -16,25 +14,25 @@ class Recipe:
     makes one from it.
     """
 
-    steps: int = MISSING
-    global_batch_size: int = 64
+    steps: int = 0  # optimizer steps of the whole run; 0: given otherwise
+    global_batch_size: int = 64  # samples per optimizer step, over all ranks
     lr: float = 0.01  # at a global batch of lr_batch_size; scaled linearly from there
-    lr_batch_size: int = 64
-    schedule: Literal["step", "cosine"] = "step"
+    lr_batch_size: int = 64  # see lr
+    schedule: Literal["step", "cosine"] = "step"  # of lr: drops at milestones, or decay to 0
     milestones: tuple[int, ...] = ()  # steps after which lr is multiplied by 0.1
-    warmup_steps: int = 0
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
+    warmup_steps: int = 0  # lr rises linearly over so many steps
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = True  # Nesterov momentum
+    weight_decay: float = 1e-4  # of all parameters but gamma and beta
     norm_weight_decay: float = 0.0  # of gamma and beta
-    clip_grad_norm: float | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    log_every: int = machine_key(20)
+    clip_grad_norm: float | None = None  # largest norm of the gradient; None: not clipped
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's arithmetic
+    compile: bool = False  # use torch.compile
+    log_every: int = machine_key(20)  # steps from one log line to the next
     log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
-    validate_every: int = 10_000
-    checkpoint_every: int = machine_key(5_000)
-    keep_checkpoints: int = machine_key(3)
+    validate_every: int = 10_000  # steps from one validation to the next; the last step validates
+    checkpoint_every: int = machine_key(5_000)  # steps from one checkpoint to the next
+    keep_checkpoints: int = machine_key(3)  # the newest that are kept
     rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another
 
 

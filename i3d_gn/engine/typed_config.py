@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 ConfigT = TypeVar("ConfigT")
 
 _MACHINE = "machine"
+_ADDED = "added"
 _MAX_BYTES = 100_000
 
 
@@ -34,6 +35,14 @@ def machine_key(default: Any) -> Any:
     Such keys may differ when a run resumes, and do not count in `differences` and `config_hash`.
     """
     return dataclasses.field(default=default, metadata={_MACHINE: True})
+
+
+def added_key(default: Any) -> Any:
+    """A dataclass field that earlier configs lack; its default changes nothing for them.
+
+    At its default it does not count in `config_hash`, so that hashes in earlier results stay valid.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
 
 
 def load_typed(
@@ -120,19 +129,29 @@ def to_yaml(config: Any) -> str:
 
 def config_hash(config: Any) -> str:
     """SHA-256 of everything in the config that can change a result."""
-    machine = _machine_keys(type(config))
-    values = {k: v for k, v in _flatten(to_dict(config)) if k not in machine}
+    schema = type(config)
+    machine, defaults = _marked_keys(schema, _MACHINE), _defaults(schema)
+    added = _marked_keys(schema, _ADDED)
+    values = {
+        key: value
+        for key, value in _flatten(to_dict(config))
+        if key not in machine and not (key in added and value == defaults[key])
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], schema: type) -> list[str]:
-    """`key: old -> new` for every key that differs and can change a result."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted((before.keys() | after.keys()) - _machine_keys(schema))
-        if before.get(key) != after.get(key)
-    ]
+    """`key: old -> new` for every key that differs and can change a result.
+
+    A key that one of them lacks, because an earlier version wrote it, has its default there.
+    """
+    before, after, defaults = dict(_flatten(old)), dict(_flatten(new)), _defaults(schema)
+    changed = []
+    for key in sorted((before.keys() | after.keys()) - _marked_keys(schema, _MACHINE)):
+        values = [side.get(key, defaults.get(key)) for side in (before, after)]
+        if values[0] != values[1]:
+            changed.append(f"{key}: {values[0]} -> {values[1]}")
+    return changed
 
 
 def check_numbers(
@@ -234,14 +253,27 @@ def _known_keys(schema: type) -> set[str]:
     return keys
 
 
-def _machine_keys(schema: type) -> set[str]:
-    """Keys made by `machine_key`."""
+def _key_fields(schema: type) -> dict[str, dataclasses.Field[Any]]:
+    """Every key of the config and of its sections, with its field."""
     named = [("", schema), *((f"{name}.", section) for name, section in _sections(schema).items())]
     return {
-        f"{prefix}{field.name}"
+        f"{prefix}{field.name}": field
         for prefix, section in named
         for field in dataclasses.fields(section)
-        if _MACHINE in field.metadata
+    }
+
+
+def _marked_keys(schema: type, mark: str) -> set[str]:
+    """Keys made by `machine_key` or `added_key`."""
+    return {key for key, field in _key_fields(schema).items() if mark in field.metadata}
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    """Default of each key that has one, as `to_dict` would give it."""
+    return {
+        key: list(field.default) if isinstance(field.default, tuple) else field.default
+        for key, field in _key_fields(schema).items()
+        if field.default is not dataclasses.MISSING
     }
 
 

@@ -14,53 +14,53 @@ from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, m
 class ImageModelConfig:
     """The network."""
 
-    name: Literal["resnet50", "resnet101", "vgg16", "resnet_small", "resnet_tiny"] = "resnet50"
-    num_classes: int = 1000
-    norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"
-    num_groups: int | None = None  # of gn; see `default_num_groups`
-    channels_per_group: int | None = None
+    name: Literal["resnet50", "resnet101", "vgg16", "resnet_small", "resnet_tiny"] = "resnet50"  # network
+    num_classes: int = 1000  # must be that of the folders
+    norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"  # layer
+    num_groups: int | None = None  # of gn; None: 32, or 8 for small networks
+    channels_per_group: int | None = None  # of gn, instead of num_groups
     r_max: float | None = None  # of brn; None for both: Ioffe's limits and schedule
-    d_max: float | None = None
-    kernel_norm: Literal["weight_norm", "weight_standardization"] | None = None
-    zero_init_last_norm: bool = True
+    d_max: float | None = None  # of brn
+    kernel_norm: Literal["weight_norm", "weight_standardization"] | None = None  # of convolutions
+    zero_init_last_norm: bool = True  # the last gamma of each block starts at 0
 
 
 @dataclass(frozen=True)
 class ImageDataConfig:
     """The images (one subfolder per class), and their crops."""
 
-    train_folder: str = MISSING
-    val_folder: str = MISSING
+    train_folder: str = MISSING  # one subfolder of images per class
+    val_folder: str = MISSING  # with the same classes
     num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    crop_size: int = 224
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # as mean
+    crop_size: int = 224  # pixels
     area_min: float = 0.08  # smallest fraction of an image that a training crop covers
-    val_short_side: int = 256
+    val_short_side: int = 256  # pixels, before the center crop
 
 
 @dataclass(frozen=True)
 class ImageTrainConfig:
     """The recipe, in epochs."""
 
-    epochs: int = 100
+    epochs: int = 100  # passes over the training images
     images_per_gpu: int = 32  # the batch of BN's statistics
     num_gpus: int = 8  # of the experiment, on any number of GPUs; global batch = product
     images_per_forward: int | None = None  # per rank at once; None: all of its share of a step
     lr: float = 0.1  # at a batch of lr_batch_size; scaled linearly from there
-    lr_batch_size: int = 256
+    lr_batch_size: int = 256  # see lr
     milestones: tuple[int, ...] = (30, 60, 90)  # epochs after which lr is multiplied by 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = True  # Nesterov momentum
+    weight_decay: float = 1e-4  # of all parameters but gamma and beta
     norm_weight_decay: float = 1e-4  # of gamma and beta
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = True
-    compile: bool = False
-    log_every: int = machine_key(100)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's arithmetic
+    channels_last: bool = True  # memory format of images and weights
+    compile: bool = False  # use torch.compile
+    log_every: int = machine_key(100)  # steps from one log line to the next
     log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
-    checkpoint_every_epochs: int = machine_key(1)
-    keep_checkpoints: int = machine_key(2)
+    checkpoint_every_epochs: int = machine_key(1)  # epochs from one checkpoint to the next
+    keep_checkpoints: int = machine_key(2)  # the newest that are kept
     rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another
 
     @property
@@ -79,8 +79,8 @@ class ImageTrainConfig:
 class ImagenetConfig:
     """A whole run."""
 
-    output_dir: str = machine_key(MISSING)
-    seed: int = 0
+    output_dir: str = machine_key(MISSING)  # folder of everything that the run writes
+    seed: int = 0  # of all random numbers
     model: ImageModelConfig = field(default_factory=ImageModelConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)

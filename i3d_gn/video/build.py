@@ -37,9 +37,12 @@ def build_model(config: Config, device: torch.device) -> I3D:
     """The network of `config.model` on `device`, randomly initialized.
 
     Raises:
-        ValueError: The clips of `config` are too small for it, in training or in testing.
+        ValueError: The clips of `config` are too small for it, in training or in testing, or the
+            number of classes is not known.
     """
     model = config.model
+    if not model.num_classes:
+        raise ConfigError("the number of classes is not known; set model.num_classes")
     norm = functools.partial(
         make_norm,
         model.norm,
@@ -118,7 +121,7 @@ def load_index(path: str, config: Config, *, labeled: bool = True) -> VideoIndex
         ConfigError: It has another number of classes or, if `labeled`, videos without a label.
     """
     index = VideoIndex.load(path, root=config.data.root)
-    if len(index.class_names) != config.model.num_classes:
+    if config.model.num_classes not in (0, len(index.class_names)):
         raise ConfigError(
             f"{path} has {len(index.class_names)} classes, but model.num_classes is "
             f"{config.model.num_classes}; set model.num_classes={len(index.class_names)}"
@@ -129,6 +132,36 @@ def load_index(path: str, config: Config, *, labeled: bool = True) -> VideoIndex
             f"{path}: {unlabeled} videos have no label, which training and validation need"
         )
     return index
+
+
+def check_classes(train_index: VideoIndex, val_index: VideoIndex) -> None:
+    """Check that a classifier can be trained; warn of classes that it cannot learn.
+
+    Raises:
+        ConfigError: The indexes have different class ids, or a single class.
+    """
+    names = train_index.class_names
+    if names != val_index.class_names:
+        differing = sorted({*names} ^ {*val_index.class_names})
+        which = f" (only one of them has {differing[0]!r})" if differing else ""
+        raise ConfigError(
+            f"{train_index.index_path} and {val_index.index_path} have different class ids{which}; "
+            "make the second one with --label-map and the first"
+        )
+    if len(names) < 2:
+        raise ConfigError(
+            f"{train_index.index_path} has one class, {', '.join(names)}; training needs at least "
+            "two"
+        )
+    trained, validated = (
+        np.bincount(index.labels, minlength=len(names)) for index in (train_index, val_index)
+    )
+    if missing := [name for name, number in zip(names, trained, strict=True) if not number]:
+        logger.warning(
+            "%d of %d classes have no training video and cannot be learned, but %d validation "
+            "videos: %s", len(missing), len(names), validated[trained == 0].sum(),
+            ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+        )  # fmt: skip
 
 
 def warn_of_shared_videos(train_index: VideoIndex, val_index: VideoIndex) -> None:

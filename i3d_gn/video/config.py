@@ -5,7 +5,7 @@ recipe of the paper's baseline ([NL], see docs/design.md).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from i3d_gn.engine.recipe import Recipe, check_optimizer_values
 from i3d_gn.engine.typed_config import (
     ConfigError,
+    added_key,
     check_numbers,
     from_dict,
     load_typed,
@@ -25,20 +26,24 @@ from i3d_gn.engine.typed_config import (
 class ModelConfig:
     """The network, and the weights it starts from."""
 
-    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"
-    num_classes: int = 400
-    norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
+    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"  # net
+    num_classes: int = 0  # 0: as many as the index has
+    norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"  # layer
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
-    channels_per_group: int | None = None
+    channels_per_group: int | None = None  # of gn, instead of num_groups
     stem: Literal["strided", "8x8", "mmaction2"] = "strided"  # strided: 32 or 64 frames
     inflate: bool = True  # False: C2D, all temporal kernels are 1
     pool_padding: int = 0  # of pool1; 1 in PySlowFast and pytorchvideo
     stride_in: Literal["3x3", "1x1"] = "3x3"  # 1x1: original MSRA ResNet
-    dropout: float = 0.5
-    zero_init_last_norm: bool = True
+    dropout: float = 0.5  # before the classifier
+    zero_init_last_norm: bool = True  # the last gamma of each block starts at 0
     checkpoint_stages: tuple[str, ...] = ()  # recompute in backward, e.g. [res2, res3]
     weights: str | None = None  # anything `i3d-gn convert` reads; 2-D weights are inflated
-    weights_convolutions_only: bool = False
+    weights_convolutions_only: bool = False  # for weights of a network with another norm
+
+    def completed(self, num_classes: int) -> "ModelConfig":
+        """With this number of classes if it has none."""
+        return self if self.num_classes else replace(self, num_classes=num_classes)
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class DataConfig:
     """The videos, and how they are decoded."""
 
     train_index: str = MISSING  # made by `i3d-gn index`
-    val_index: str = MISSING
+    val_index: str = MISSING  # for validation and testing
     root: str | None = machine_key(None)  # folder of the videos; None: as recorded in the indexes
-    decoder: Literal["pyav", "decord"] = "pyav"
+    decoder: Literal["pyav", "decord"] = "pyav"  # library that reads the videos
     num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
     timeout_seconds: float = machine_key(300.0)  # for a worker to load a batch or a test video
     mean: tuple[float, ...] | None = None  # RGB in [0, 1]; None: the weights', or ImageNet's
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None  # as mean
     max_broken_clips: int = 1000  # training stops if more clips fail to decode,
     max_broken_share: float = 0.2  # or this share of them
 
@@ -61,18 +66,20 @@ class DataConfig:
 class ClipConfig:
     """A training clip; testing uses the same `num_frames` and `stride`."""
 
-    num_frames: int = 32
-    stride: int = 2  # 0 repeats one frame: a control without motion
-    short_side_min: int = 256
-    short_side_max: int = 320
-    crop_size: int = 224
-    flip_probability: float = 0.5
+    num_frames: int = 32  # frames per clip
+    stride: int = 2  # frames from one to the next; 0 repeats one: a control without motion
+    short_side_min: int = 256  # pixels; the short side is drawn from this range,
+    short_side_max: int = 320  # both ends included
+    crop_size: int = 224  # pixels, side of the random square crop
+    flip_probability: float = 0.5  # of a horizontal flip
 
 
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
     """The recipe, and what it needs to know about clips."""
 
+    epochs: float | None = added_key(None)  # instead of steps: passes over the training videos
+    validate_every_epochs: float | None = added_key(None)  # instead of validate_every
     clips_per_gpu: int = 8  # the batch of BN's statistics, on any number of GPUs
     channels_last: bool | None = None  # None: what was measured to be faster
     validate_multi_clip: bool = False  # also run the multi-clip test at each validation
@@ -85,26 +92,43 @@ class TestConfig:
 
     __test__ = False  # tells pytest that this is no test class
 
-    num_clips: int = 10
-    spacing: Literal["nonlocal", "uniform", "slowfast"] = "nonlocal"
+    num_clips: int = 10  # evenly spaced clips per video
+    spacing: Literal["nonlocal", "uniform", "slowfast"] = "nonlocal"  # see data/clips.py
     align_starts: bool = False  # round down to multiples of the stride: fewer frames to decode
-    spatial: Literal["full", "three_crop", "center"] = "full"
-    short_side: int = 256
-    average: Literal["softmax", "logits"] = "softmax"
-    clips_per_forward: int = machine_key(10)
+    spatial: Literal["full", "three_crop", "center"] = "full"  # part of the frame that is seen
+    short_side: int = 256  # pixels
+    average: Literal["softmax", "logits"] = "softmax"  # what is averaged over clips and places
+    clips_per_forward: int = machine_key(10)  # limits the memory that testing needs
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    output_dir: str = machine_key(MISSING)
-    seed: int = 0
+    output_dir: str = machine_key(MISSING)  # folder of everything that the run writes
+    seed: int = 0  # of all random numbers
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+    def completed(self, *, num_classes: int, num_videos: int) -> "Config":
+        """The config with what it leaves to the training index, which has these numbers.
+
+        The number of classes, and epochs as steps: of at least 1, to the nearest whole one.
+        """
+        train = self.train
+
+        def steps(epochs: float) -> int:
+            return max(1, round(epochs * num_videos / train.global_batch_size))
+
+        if train.epochs is not None:
+            train = replace(train, epochs=None, steps=steps(train.epochs))
+        if train.validate_every_epochs is not None:
+            every = steps(train.validate_every_epochs)
+            train = replace(train, validate_every_epochs=None, validate_every=every)
+        return replace(self, train=train, model=self.model.completed(num_classes))
 
     def may_change(self, key: str, saved: dict[str, Any]) -> bool:
         """Whether a run with config `saved` may resume although `key` has changed.
@@ -150,12 +174,10 @@ def _check_values(config: Config, path: Path) -> None:
         config,
         f"{path}: ",
         at_least_1=(
-            "model.num_classes",
             "model.num_groups",
             "model.channels_per_group",
             "clip.num_frames",
             "clip.crop_size",
-            "train.steps",
             "train.global_batch_size",
             "train.clips_per_gpu",
             "train.log_every",
@@ -168,6 +190,8 @@ def _check_values(config: Config, path: Path) -> None:
             "test.clips_per_forward",
         ),
         positive=(
+            "train.epochs",
+            "train.validate_every_epochs",
             "train.clip_grad_norm",
             "train.rank_timeout_minutes",
             "data.timeout_seconds",
@@ -175,7 +199,9 @@ def _check_values(config: Config, path: Path) -> None:
         ),
         not_negative=(
             "seed",
+            "model.num_classes",
             "clip.stride",
+            "train.steps",
             "train.warmup_steps",
             "data.max_broken_clips",
             "data.num_workers",
@@ -184,6 +210,9 @@ def _check_values(config: Config, path: Path) -> None:
         up_to_1=("model.dropout", "clip.flip_probability", "data.max_broken_share"),
     )
     check_optimizer_values(config.train, f"{path}: train.")
+    if (config.train.steps == 0) == (config.train.epochs is None):
+        both = ", not both" if config.train.steps else ""
+        raise ConfigError(f"{path}: set train.steps or train.epochs{both}")
     clip = config.clip
     if not clip.crop_size <= clip.short_side_min <= clip.short_side_max:
         raise ConfigError(

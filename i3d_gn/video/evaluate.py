@@ -8,6 +8,7 @@ torchrun the videos are split across the ranks. A test that was stopped resumes 
 import hashlib
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
             raise CheckpointError(f"no checkpoint under {folder}; train first or pass --checkpoint")
-    network = load_trained(checkpoint, config, process.device)
     index = build.load_index(config.data.val_index, config, labeled=False)
+    config = replace(config, model=config.model.completed(len(index.class_names)))
+    network = load_trained(checkpoint, config, process.device)
     if network.class_names is not None:
         _check_same_classes(network.class_names, index, checkpoint)
 

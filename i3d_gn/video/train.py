@@ -21,7 +21,6 @@ from i3d_gn.engine.distributed import Process, barrier
 from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.precise_bn import get_bn_modules, update_bn_stats
 from i3d_gn.engine.run_log import RunLog
-from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, process: Process) -> None:
-    """Train to `config.train.steps`, from the newest checkpoint under `output_dir` if there is one.
+    """Train to the end of the recipe, from the newest checkpoint in `output_dir` if there is one.
 
     Raises:
         ConfigError: The indexes, or an earlier run under `output_dir`, do not match the config.
@@ -43,6 +42,7 @@ def train(config: Config, process: Process) -> None:
         process.device, process.world_size, num_workers=build.num_workers(config, process)
     )
     task = VideoTraining(config, process)
+    config = task.config
     loop = TrainingLoop(
         task, config.train, config=config, seed=config.seed, output_dir=Path(config.output_dir)
     )
@@ -55,22 +55,23 @@ def train(config: Config, process: Process) -> None:
 
 
 class VideoTraining(ClassificationTask):
-    """Random clips of the training videos; validation on one clip per video, or several."""
+    """Random clips of the training videos; validation on one clip per video, or several.
+
+    Its `config` is complete: with the number of classes and of steps.
+    """
 
     unit = "clips"
 
     def __init__(self, config: Config, process: Process) -> None:
         super().__init__(process, micro_batch_size=config.train.clips_per_gpu)
-        self.config = config
         self.max_broken = config.data.max_broken_clips
         self.max_broken_share = config.data.max_broken_share
         self.train_index = build.load_index(config.data.train_index, config)
         self.val_index = build.load_index(config.data.val_index, config)
-        if self.train_index.class_names != self.val_index.class_names:
-            raise ConfigError(
-                f"{config.data.train_index} and {config.data.val_index} have different class ids; "
-                "make the second one with --label-map and the first"
-            )
+        build.check_classes(self.train_index, self.val_index)
+        self.config = config.completed(
+            num_classes=len(self.train_index.class_names), num_videos=len(self.train_index)
+        )
         build.warn_of_shared_videos(self.train_index, self.val_index)
 
     def build_model(self) -> I3D:

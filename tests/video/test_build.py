@@ -224,6 +224,8 @@ ELSEWHERE = {
     "model.weights_convolutions_only": "test_weights_of_the_config_are_loaded",
     "data.train_index": "test_indexes_of_the_config_are_loaded",
     "data.val_index": "test_indexes_of_the_config_are_loaded",
+    "train.epochs": "test_classes_and_epochs_come_from_the_index",
+    "train.validate_every_epochs": "test_classes_and_epochs_come_from_the_index",
     "data.root": "test_root_of_the_videos_can_be_changed",
     **dict.fromkeys(
         ("train.lr", "train.lr_batch_size", "train.schedule", "train.milestones",

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -8,7 +9,15 @@ import yaml
 
 from i3d_gn import cli
 from i3d_gn.engine.optim import learning_rate
-from i3d_gn.engine.typed_config import ConfigError, config_hash, differences, to_dict, to_yaml
+from i3d_gn.engine.typed_config import (
+    ConfigError,
+    _key_fields,
+    config_hash,
+    differences,
+    to_dict,
+    to_yaml,
+)
+from i3d_gn.imagenet.config import load_imagenet_config
 from i3d_gn.video import build
 from i3d_gn.video.config import Config, config_of_checkpoint, load_config
 
@@ -33,6 +42,7 @@ def write(folder: Path, text: str) -> Path:
 def test_config_builds_on_meta(path):
     config = load_config(path)
     with torch.device("meta"):
+        config = config.completed(num_classes=7, num_videos=100)
         model = build.build_model(config, torch.device("meta"))
         clip = config.clip
         shape = (1, 3, clip.num_frames, clip.crop_size, clip.crop_size)
@@ -119,7 +129,7 @@ def test_defaults_are_the_baseline_of_table_8(tmp_path):
         tmp_path,
         f"""
 output_dir: {baseline.output_dir}
-model: {{weights: {baseline.model.weights}}}
+model: {{num_classes: 400, weights: {baseline.model.weights}}}
 data:
   train_index: {baseline.data.train_index}
   val_index: {baseline.data.val_index}
@@ -147,6 +157,47 @@ def test_hash_ignores_keys_that_do_not_change_results(tmp_path):
     base = config_hash(load_config(path))
     assert base == config_hash(load_config(path, ["data.num_workers=7", "output_dir=elsewhere"]))
     assert base != config_hash(load_config(path, ["seed=1"]))
+
+
+def test_hash_and_resume_of_earlier_runs_stay_valid():
+    """Keys that were added later count only if they are set; hashes are those of such results."""
+    config = load_config(REPOSITORY / "configs" / "kinetics400" / "gn_32x2_8clips.yaml")
+    hashes = {
+        config_hash(config): "1d3ab240ac3cb7d78103bb951b15e74724a28e6cf8e27be0744e837f218a1686",
+        config_hash(load_imagenet_config(REPOSITORY / "configs" / "imagenet" / "gn.yaml")): (
+            "f48acc03f9095c636cea88279d680e5491dc8afa769d8e4e179ae4910c1babbe"
+        ),
+    }
+    assert all(now == before for now, before in hashes.items())
+    earlier = to_dict(config)
+    added = [key for key, field in _key_fields(Config).items() if "added" in field.metadata]
+    assert "train.epochs" in added
+    for key in added:
+        section, _, name = key.partition(".")
+        del earlier[section][name]
+    assert differences(earlier, to_dict(config), Config) == []
+    train = dataclasses.replace(config.train, epochs=2.0)
+    changed = dataclasses.replace(config, train=train)
+    assert differences(earlier, to_dict(changed), Config) == ["train.epochs: None -> 2.0"]
+    assert config_hash(changed) != config_hash(config)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_videos", "batch", "steps"),
+    [(1, 12, 4, 3), (2.5, 10, 4, 6), (1, 3, 64, 1), (10, 7, 4, 18)],
+)
+def test_epochs_are_passes_over_the_training_videos(tmp_path, epochs, num_videos, batch, steps):
+    text = MINIMAL.replace("steps: 10", f"epochs: {epochs}, validate_every_epochs: {epochs / 2}")
+    options = [f"train.global_batch_size={batch}", "train.clips_per_gpu=1"]
+    config = load_config(write(tmp_path, text), options)
+    train = config.completed(num_classes=3, num_videos=num_videos).train
+    assert (train.steps, train.epochs, train.validate_every_epochs) == (steps, None, None)
+    assert train.validate_every == max(1, round(epochs / 2 * num_videos / batch))
+
+
+def test_completed_config_keeps_what_is_given(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["model.num_classes=5"])
+    assert config.completed(num_classes=3, num_videos=7) == config
 
 
 def test_table_8_learning_rates_follow_the_linear_scaling_rule():
@@ -194,6 +245,9 @@ def test_table_8_augmentation_and_testing_are_those_of_nonlocal_net():
         ("a: [", r"not YAML"),
         (MINIMAL + "clip: {crop_size: 300}", r"crop_size 300.*must not decrease"),
         (MINIMAL + "model: {num_groups: 8, channels_per_group: 8}", r"not both"),
+        (MINIMAL + "train.epochs: 3", r"config.yaml: set train.steps or train.epochs, not both"),
+        (MINIMAL.replace("steps: 10", "steps: 0"), r"yaml: set train.steps or train.epochs$"),
+        (MINIMAL.replace("steps: 10", "epochs: 0"), r"train.epochs is 0.0; it must be positive"),
         (MINIMAL + "clip: {num_frames: 0}", r"clip.num_frames is 0; it must be at least 1"),
         (MINIMAL + "model: {dropout: 1.5}", r"model.dropout is 1.5; it must lie in \[0, 1\]"),
         (MINIMAL + "seed: -1", r"config.yaml: seed is -1; it must not be negative"),
