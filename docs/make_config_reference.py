@@ -32,7 +32,7 @@ machine: they change no result, and may change when a run resumes.
 
 
 def comments(section: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass, those that it inherits included."""
+    """The comment beside or above each field of a dataclass, those that it inherits included."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -47,7 +47,10 @@ def comments(section: type) -> dict[str, str]:
         assert isinstance(definition, ast.ClassDef)
         for node in definition.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                found[node.target.id] = by_line.get(node.end_lineno or 0, "")
+                beside = by_line.get(node.end_lineno or 0, "")
+                above = by_line.get(node.lineno - 1, "")
+                alone = source.splitlines()[node.lineno - 2].lstrip().startswith("#")
+                found[node.target.id] = beside or (above if alone else "")
     return found
 
 

@@ -14,7 +14,8 @@ from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, m
 class ImageModelConfig:
     """The network."""
 
-    name: Literal["resnet50", "resnet101", "vgg16", "resnet_small", "resnet_tiny"] = "resnet50"  # network
+    # the network
+    name: Literal["resnet50", "resnet101", "vgg16", "resnet_small", "resnet_tiny"] = "resnet50"
     num_classes: int = 1000  # must be that of the folders
     norm: Literal["gn", "bn", "ln", "in", "brn", "none"] = "gn"  # layer
     num_groups: int | None = None  # of gn; None: 32, or 8 for small networks

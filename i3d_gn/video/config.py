@@ -26,7 +26,8 @@ from i3d_gn.engine.typed_config import (
 class ModelConfig:
     """The network, and the weights it starts from."""
 
-    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"  # net
+    # the network
+    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"
     num_classes: int = 0  # 0: as many as the index has
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"  # layer
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
