@@ -76,6 +76,7 @@ def step_bytes(
             loss.backward()
             return saved, live.peak
     finally:
+        model.zero_grad(set_to_none=True)
         for hook in hooks:
             hook.remove()
 

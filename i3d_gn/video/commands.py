@@ -53,6 +53,20 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def info(argv: list[str]) -> int:
+    """`i3d-gn info`."""
+    parser = config_parser(
+        "info",
+        "Print a network's layers, parameters, multiply-adds, and the memory that training takes.",
+        "configs/demo.yaml, or a checkpoint",
+    )
+    args = parser.parse_intermixed_args(argv)
+    from i3d_gn.video.info import config_of, describe
+
+    print(describe(config_of(args.config, args.overrides)))
+    return 0
+
+
 def report(argv: list[str]) -> int:
     """`i3d-gn report`."""
     parser = argparse.ArgumentParser(
