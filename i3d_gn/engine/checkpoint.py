@@ -4,12 +4,12 @@ import logging
 import os
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from i3d_gn.engine.torch_archive import ArchiveError, check_archive
 from i3d_gn.files import atomic_output
 
 FORMAT = 1
@@ -129,9 +129,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
         raise CheckpointError(f"checkpoint not found: {path}")
-    _check_archive(path)
     try:
+        check_archive(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
+    except ArchiveError as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error})") from error
     except pickle.UnpicklingError as error:  # the message advises to run what the file says
         raise CheckpointError(
             f"{path}: not a checkpoint of i3d_gn: it holds more than tensors and plain values"
@@ -175,23 +177,6 @@ def _write(path: Path, step: int, contents: dict[str, Any]) -> None:
             f"checkpoint {path} cannot be written ({reason}); make sure that the disk is not full, "
             "and run the same command again to resume"
         ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Verify the checksum of every member."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch stores without compression: anything else could unpack to any size.
-            if any(m.compress_type != zipfile.ZIP_STORED for m in archive.infolist()):
-                raise CheckpointError(f"{path}: not a checkpoint of i3d_gn: it is compressed")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
 
 
 def _check_contents(path: Path, contents: Any) -> None:

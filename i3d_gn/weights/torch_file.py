@@ -1,11 +1,12 @@
 """Read files of `torch.save` without running code from them."""
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from i3d_gn.engine.torch_archive import ArchiveError, check_archive, member_names
 
 # In files of torch.save before 1.6, which are not zip archives, this pickled number comes first.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -62,42 +63,23 @@ def read_torch_file(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Refuse archives that torch would misread: others', damaged, and larger than their file."""
-    file_bytes = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            unpacked_bytes = sum(member.file_size for member in members)
-            # torch.load does not compare checksums. All are 0 if set_crc32_options(False) was used.
-            has_checksums = any(member.CRC for member in members)
-            is_safe = unpacked_bytes <= file_bytes
-            damaged = archive.testzip() if is_safe and has_checksums else None
-    except Exception as error:  # zipfile, too, raises whatever damaged bytes happen to mean
+        names = member_names(path)
+        if "constants.pkl" in names:
+            raise ValueError(
+                f"weights {path} are a TorchScript archive, which contains code; if you trust it, "
+                "load it with torch.jit.load and save its state_dict()"
+            )
+        if "data.pkl" not in names:
+            raise ValueError(
+                f"weights {path} are a zip archive that torch.save did not write; unpack it and "
+                "give the path of a weight file"
+            )
+        check_archive(path)
+    except ArchiveError as error:
         raise ValueError(
-            f"weights {path} cannot be read ({error}); the file is damaged; download or copy it "
-            "again"
+            f"weights {path} cannot be read ({error}); download or copy the file again"
         ) from error
-    names = [member.filename.rpartition("/")[2] for member in members]
-    if "constants.pkl" in names:
-        raise ValueError(
-            f"weights {path} are a TorchScript archive, which contains code; if you trust it, load "
-            "it with torch.jit.load and save its state_dict()"
-        )
-    if "data.pkl" not in names:
-        raise ValueError(
-            f"weights {path} are a zip archive that torch.save did not write; unpack it and give "
-            "the path of a weight file"
-        )
-    # torch.save does not compress: larger members are compressed, or share their bytes.
-    if not is_safe:
-        raise ValueError(
-            f"weights {path}: {file_bytes} bytes unpack to {unpacked_bytes}, which is refused: "
-            "torch.save does not compress"
-        )
-    if damaged is not None:
-        raise ValueError(
-            f"weights {path} are damaged (wrong checksum of {damaged}); download or copy the file "
-            "again"
-        )
 
 
 def _reason(error: Exception) -> str:

@@ -1,3 +1,4 @@
+import copy
 import pickle
 import zipfile
 
@@ -133,7 +134,21 @@ def test_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
-    with pytest.raises(CheckpointError, match="compressed"):
+    with pytest.raises(CheckpointError, match="unpack to 10000000, which is refused"):
+        load_checkpoint(path)
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path):
+    path = save_checkpoint(tmp_path, step=1, contents=contents(x=torch.ones(10_000)), keep=1)
+    with zipfile.ZipFile(path) as archive:
+        (shared,) = [m for m in archive.infolist() if m.file_size == 40_000]
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(5):
+            again = copy.copy(shared)
+            again.filename = f"archive/data/{number + 1}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    with pytest.raises(CheckpointError, match=r"bytes unpack to 2\d{5}, which is refused"):
         load_checkpoint(path)
 
 

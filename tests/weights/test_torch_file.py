@@ -106,7 +106,7 @@ def test_damaged_tensor_is_named(saved):
     whole = bytearray(saved.read_bytes())
     whole[whole.index(STATE["a"].numpy().tobytes()) + 3999] ^= 1
     saved.write_bytes(whole)
-    assert "wrong checksum of w/data/0" in refusal(saved)
+    assert "damaged: the checksum of w/data/0 is wrong" in refusal(saved)
 
 
 def test_files_without_checksums_load(tmp_path):
