@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from data_tools.class_spelling import class_key, ids_by_class, is_kinetics_400, spelled
 from data_tools.label_map import LabelMap
-from i3d_gn.video_io.index import UNKNOWN_LABEL
+from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 
 # A label in a list: an id, a name, or None for an unlabeled video.
 Label = int | str | None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.printing import print_first
-from i3d_gn.video_io.index import UNKNOWN_LABEL
+from i3d_gn.files import print_line
+from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 from i3d_gn.video_io.shared_videos import SharedVideo
 
 # Every copy of Kinetics lacks 1 to 5 % of its videos; classes that lack more than this are listed.
@@ -119,7 +120,7 @@ class IndexReport:
 
 def print_summary(report: IndexReport) -> None:
     """Print the counts, the first rejected videos with reasons, and the next steps."""
-    print(
+    print_line(
         f"{report.source} ({report.kind}): {report.num_indexed} of {report.num_listed} videos "
         f"usable, {_hours(report.duration_seconds)}, {len(report.class_names)} classes"
     )
@@ -144,13 +145,13 @@ def print_summary(report: IndexReport) -> None:
             f"{THINNED_FRACTION:.0%} of their videos, or have none:"
         )
         print_first([f"{name}: {indexed} of {listed}" for name, listed, indexed in thinned])
-    print(f"report: {report.path}")
+    print_line(f"report: {report.path}")
     if not report.num_indexed:
         print("no usable video, so no index was written")
         return
-    print(f"index:  {report.index}")
+    print_line(f"index:  {report.index}")
     if not report.shares_class_list and report.class_names:
-        print(
+        print_line(
             f"The class list is from this source. Index the other splits with "
             f"--label-map {report.index}, so that all splits have the same ids."
         )

@@ -21,6 +21,7 @@ from i3d_gn.models.inflate import NormMismatchError, load_imagenet_weights
 from i3d_gn.norm import make_norm
 from i3d_gn.video.config import Config
 from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.packed import host_of
 from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
@@ -118,9 +119,18 @@ def load_index(path: str, config: Config, *, labeled: bool = True) -> VideoIndex
     """Load an index and check that its labels fit the network.
 
     Raises:
-        ConfigError: It has another number of classes or, if `labeled`, videos without a label.
+        ConfigError: It has another number of classes or, if `labeled`, videos without a label, or
+            it names a host that the config does not.
     """
-    index = VideoIndex.load(path, root=config.data.root)
+    index = VideoIndex.load(path, config.data.root, allowed_hosts=config.data.allowed_hosts)
+    if root := index.refused_root:
+        raise ConfigError(f"{path} says that its videos are at {root}; {_how_to_allow(root)}")
+    if modified := index.modified():
+        logger.warning(
+            "%s: %d videos were modified after they were indexed, unlike the others (%s ...); if "
+            "their content has changed, index the videos again",
+            path, len(modified), ", ".join(modified[:3]),
+        )  # fmt: skip
     if config.model.num_classes not in (0, len(index.class_names)):
         raise ConfigError(
             f"{path} has {len(index.class_names)} classes, but model.num_classes is "
@@ -162,6 +172,12 @@ def check_classes(train_index: VideoIndex, val_index: VideoIndex) -> None:
             "videos: %s", len(missing), len(names), validated[trained == 0].sum(),
             ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
         )  # fmt: skip
+
+
+def _how_to_allow(root: str) -> str:
+    if host := host_of(root):
+        return f"if you trust {host}, add data.allowed_hosts: [{host}]"
+    return f"if you trust it, add data.root: {root}"
 
 
 def warn_of_shared_videos(train_index: VideoIndex, val_index: VideoIndex) -> None:

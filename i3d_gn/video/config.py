@@ -54,6 +54,7 @@ class DataConfig:
     train_index: str = MISSING  # made by `i3d-gn index`
     val_index: str = MISSING  # for validation and testing
     root: str | None = machine_key(None)  # folder of the videos; None: as recorded in the indexes
+    allowed_hosts: tuple[str, ...] = machine_key(())  # that indexes may name for packed videos
     decoder: Literal["pyav", "decord"] = "pyav"  # library that reads the videos
     num_workers: int | None = machine_key(None)  # per rank; None: by the cores and the device
     timeout_seconds: float = machine_key(300.0)  # for a worker to load a batch or a test video

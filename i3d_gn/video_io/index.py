@@ -1,39 +1,11 @@
-"""The index of a dataset: a Parquet file with one row per video.
-
-The metadata of the schema hold what applies to all videos.
-
-    column            type      meaning
-    video_id          string    file name without folder and extension
-    path              string    relative to the root, POSIX separators (absolute if outside it)
-    label             int64     class id, -1 if unknown
-    class_name        string    null if unknown
-    num_frames        int64     frames of a full decode, in presentation order
-    fps               float64
-    duration_seconds  float64
-    width, height     int32     of the upright frame, in pixels
-    num_bytes         int64     size of the file when it was indexed, null if unknown
-    mtime_ns          int64     its modification time, null if unknown
-
-    metadata key            meaning
-    i3d_gn.format_version   "1", or "2" for packed videos; other versions are refused
-    i3d_gn.root             folder that paths are relative to, itself relative to the index's folder
-                            if the two share a parent, so that both can be moved together
-    i3d_gn.class_names      JSON list; a label is a position in it
-    i3d_gn.crc32            checksum of the other three; pages of the file have checksums as well
-
-The last two columns and the checksums may be missing, as in older indexes. Other columns are
-allowed and ignored. An index of packed videos (format "2") has `shard` (string, a tar file below
-the root) and `offset` (int64) instead of `mtime_ns`: bytes `offset` to `offset + num_bytes - 1` of
-the shard are the video. Its `path` is only a name, and its root a folder or a URL.
-"""
+"""The videos of a dataset, read from and written to an index file; see `index_table`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -42,37 +14,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from i3d_gn.files import atomic_output
 from i3d_gn.video_io.errors import VideoDecodeError
-from i3d_gn.video_io.packed import PackedVideos, ShardReadError, file_in_memory, is_url
-
-FORMAT_VERSION = "1"
-PACKED_FORMAT_VERSION = "2"
-UNKNOWN_LABEL = -1
-
-_VERSION_KEY = b"i3d_gn.format_version"
-_ROOT_KEY = b"i3d_gn.root"
-_CLASS_NAMES_KEY = b"i3d_gn.class_names"
-_CRC32_KEY = b"i3d_gn.crc32"
-
-_COLUMNS = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("path", pa.string()),
-        ("label", pa.int64()),
-        ("class_name", pa.string()),
-        ("num_frames", pa.int64()),
-        ("fps", pa.float64()),
-        ("duration_seconds", pa.float64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("num_bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-    ]
+from i3d_gn.video_io.index_table import (
+    CLASS_NAMES_KEY,
+    COLUMNS,
+    FILE_COLUMNS,
+    FORMAT_VERSION,
+    PACKED_COLUMNS,
+    PACKED_FORMAT_VERSION,
+    ROOT_KEY,
+    VERSION_KEY,
+    check_rows,
+    parse_class_names,
+    portable_root,
+    read_table,
+    write_table,
 )
-_COLUMNS_LOADED = ["path", "label", "num_frames", "width", "height"]
-_FILE_COLUMNS = ["num_bytes", "mtime_ns"]
-_PACKED_COLUMNS = ["shard", "offset", "num_bytes"]
+from i3d_gn.video_io.packed import (
+    PackedVideos,
+    ShardReadError,
+    file_in_memory,
+    host_of,
+    is_url,
+)
+
+# Some file systems and archives keep times to 2 seconds.
+_SAME_TIME_NS = 2 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +92,15 @@ def write_index(
             "num_bytes": [num_bytes for num_bytes, _ in files],
             "mtime_ns": [mtime_ns for _, mtime_ns in files],
         },
-        schema=_COLUMNS,
+        schema=COLUMNS,
     )
-    _check_rows(path, table, num_classes=len(class_names))
+    check_rows(path, table, num_classes=len(class_names))
     metadata = {
-        _VERSION_KEY: FORMAT_VERSION.encode(),
-        _ROOT_KEY: _portable_root(Path(root), path.parent).encode(),
-        _CLASS_NAMES_KEY: json.dumps(class_names, ensure_ascii=False).encode(),
+        VERSION_KEY: FORMAT_VERSION.encode(),
+        ROOT_KEY: portable_root(Path(root), path.parent).encode(),
+        CLASS_NAMES_KEY: json.dumps(class_names, ensure_ascii=False).encode(),
     }
-    _write_table(path, table, metadata)
+    write_table(path, table, metadata)
 
 
 def write_packed_index(
@@ -153,14 +120,14 @@ def write_packed_index(
     path = Path(path)
     table = pq.read_table(loose)
     metadata = dict(table.schema.metadata or {})
-    metadata[_VERSION_KEY] = PACKED_FORMAT_VERSION.encode()
-    portable = root if is_url(root) else _portable_root(Path(root), path.parent)
-    metadata[_ROOT_KEY] = portable.encode()
-    table = table.drop_columns([name for name in _FILE_COLUMNS if name in table.column_names])
-    for name, values in zip(_PACKED_COLUMNS, (shards, offsets, sizes), strict=True):
+    metadata[VERSION_KEY] = PACKED_FORMAT_VERSION.encode()
+    portable = root if is_url(root) else portable_root(Path(root), path.parent)
+    metadata[ROOT_KEY] = portable.encode()
+    table = table.drop_columns([name for name in FILE_COLUMNS if name in table.column_names])
+    for name, values in zip(PACKED_COLUMNS, (shards, offsets, sizes), strict=True):
         column = pa.array(values, pa.string() if name == "shard" else pa.int64())
         table = table.append_column(name, column)
-    _write_table(path, table, metadata)
+    write_table(path, table, metadata)
 
 
 def _file_status(path: Path) -> tuple[int | None, int | None]:
@@ -170,19 +137,6 @@ def _file_status(path: Path) -> tuple[int | None, int | None]:
     except OSError:
         return None, None
     return status.st_size, status.st_mtime_ns
-
-
-def _write_table(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
-    metadata = {**metadata, _CRC32_KEY: _crc32(metadata)}
-    table = table.replace_schema_metadata(metadata)
-    with atomic_output(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def _crc32(metadata: dict[bytes, bytes]) -> bytes:
-    """Checksum of the metadata, which those of Parquet's pages do not cover."""
-    content = b"\0".join(metadata[key] for key in (_VERSION_KEY, _ROOT_KEY, _CLASS_NAMES_KEY))
-    return b"%08x" % zlib.crc32(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +173,11 @@ class VideoIndex:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        *,
+        allowed_hosts: Collection[str] = (),
     ) -> VideoIndex:
         """Read an index.
 
@@ -227,6 +185,8 @@ class VideoIndex:
             path: The Parquet file.
             root: Folder of the videos, or folder or URL of the shards, instead of the one recorded
                 in the index.
+            allowed_hosts: Hosts (of `s3://` and the like buckets) that videos may be read from if
+                the index, which may come from anywhere, says so; see `refused_root`.
 
         Raises:
             ValueError: The file is missing, damaged or not an index of a known format; the index is
@@ -237,13 +197,14 @@ class VideoIndex:
         path = Path(path).absolute()
         if not path.is_file():
             raise ValueError(f"index not found: {path}; create it with `i3d-gn index`")
-        table = _read_table(path)
+        table = read_table(path)
         metadata = table.schema.metadata
-        class_names = _parse_class_names(path, metadata[_CLASS_NAMES_KEY])
-        _check_rows(path, table, num_classes=len(class_names))
+        class_names = parse_class_names(path, metadata[CLASS_NAMES_KEY])
+        check_rows(path, table, num_classes=len(class_names))
 
         recorded = root is None
-        root = metadata[_ROOT_KEY].decode() if root is None else os.fspath(root)
+        hosts = {host.lower() for host in allowed_hosts}
+        root = metadata[ROOT_KEY].decode() if root is None else os.fspath(root)
         is_packed = "shard" in table.column_names
         if not (is_packed and is_url(root)):
             root = Path(os.path.normpath(path.parent / root)) if recorded else Path(root).absolute()
@@ -262,8 +223,9 @@ class VideoIndex:
 
         packed = None
         if is_packed:
+            is_allowed = not recorded or not is_url(str(root)) or host_of(str(root)) in hosts
             packed = PackedVideos(
-                str(root), table["shard"], numbers("offset"), numbers("num_bytes")
+                str(root), is_allowed, table["shard"], numbers("offset"), numbers("num_bytes")
             )
             packed.check_shards()
         return cls(
@@ -284,12 +246,21 @@ class VideoIndex:
         return len(self.labels)
 
     def __reduce__(self):
-        return VideoIndex.load, (self.index_path, self.root)
+        # As a root that was named, unless it was refused.
+        return VideoIndex.load, (self.index_path, None if self.refused_root else self.root)
 
     @property
     def is_packed(self) -> bool:
         """Whether the videos are packed in tar shards."""
         return self._packed is not None
+
+    @property
+    def refused_root(self) -> str | None:
+        """The URL recorded in the index, if it is not of one of `allowed_hosts`; else `None`.
+
+        Reading a video is then an error.
+        """
+        return self._packed.root if self._packed and not self._packed.is_allowed else None
 
     def path_of(self, i: int) -> Path:
         """Absolute path of video `i`, which must not be packed."""
@@ -329,6 +300,24 @@ class VideoIndex:
             except VideoDecodeError as error:
                 raise VideoDecodeError(name, error.cause, error.frame) from error
 
+    def modified(self, *, most: int = 1000) -> list[str]:
+        """Paths of videos that were modified after they were indexed, though of the same size.
+
+        Looks at no more than `most` files, evenly spaced. None if all of these have another time
+        and all have their size: then they are copies of the files that were indexed. A file of
+        another size is not named here: reading it is an error.
+        """
+        if self._packed is not None:
+            return []
+        found, num_known = [], 0
+        for i in np.unique(np.linspace(0, len(self) - 1, most).astype(int)).tolist():
+            size, mtime_ns = _file_status(self.path_of(i))
+            if size == self.num_bytes[i] and self.mtimes_ns[i] >= 0:
+                num_known += 1
+                if mtime_ns is None or abs(mtime_ns - self.mtimes_ns[i]) > _SAME_TIME_NS:
+                    found.append(self._paths[i].as_py())
+        return found if len(found) < num_known else []
+
     @cached_property
     def paths(self) -> list[str]:
         """Paths relative to the root, in index order, which identify videos in results.
@@ -336,121 +325,3 @@ class VideoIndex:
         Converted to Python strings on first use.
         """
         return self._paths.to_pylist()
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-            metadata = file.schema_arrow.metadata or {}
-            if _VERSION_KEY not in metadata:
-                raise ValueError(
-                    f"{path} is a Parquet file but not a video index; create one with "
-                    "`i3d-gn index`"
-                )
-            version = metadata[_VERSION_KEY].decode(errors="replace")
-            if version not in {FORMAT_VERSION, PACKED_FORMAT_VERSION}:
-                raise ValueError(
-                    f"index {path} has format version {version}, but only versions "
-                    f"{FORMAT_VERSION} and {PACKED_FORMAT_VERSION} are supported; create it again "
-                    "with `i3d-gn index`"
-                )
-            names = file.schema_arrow.names
-            packed = _PACKED_COLUMNS if version == PACKED_FORMAT_VERSION else []
-            columns = _COLUMNS_LOADED + packed
-            missing = [name for name in columns if name not in names]
-            missing += [k.decode() for k in (_ROOT_KEY, _CLASS_NAMES_KEY) if k not in metadata]
-            if missing:
-                raise ValueError(
-                    f"index {path} lacks {', '.join(missing)}; create it again with `i3d-gn index`"
-                )
-            if metadata.get(_CRC32_KEY, _crc32(metadata)) != _crc32(metadata):
-                raise ValueError(
-                    f"index {path} is damaged: its metadata do not match their checksum; create it "
-                    "again with `i3d-gn index`"
-                )
-            optional = [] if packed else [name for name in _FILE_COLUMNS if name in names]
-            table = file.read(columns=columns + optional)
-            # Its own metadata are another copy in the file, which was not checked.
-            table = table.replace_schema_metadata(metadata)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a video index or damaged ({_first_line(error)}); create one with "
-            "`i3d-gn index`"
-        ) from error
-    for number, name in enumerate(table.column_names):
-        column = table[name]
-        is_text = name in ("path", "shard")
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise _BadColumnError(path, f"column {name} has type {column.type}, must be string")
-        if not is_text and not pa.types.is_integer(kind):
-            raise _BadColumnError(path, f"column {name} has type {column.type}, must be integer")
-        if column.null_count and (packed or name not in _FILE_COLUMNS):
-            raise _BadColumnError(path, f"column {name} has no value in {column.null_count} rows")
-        try:
-            column = column.cast(pa.string() if is_text else pa.int64())
-        except pa.ArrowInvalid as error:
-            raise _BadColumnError(path, f"column {name}: {_first_line(error)}") from error
-        table = table.set_column(number, name, column)
-    return table
-
-
-class _BadColumnError(ValueError):
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"index {path}: {problem}; create it again with `i3d-gn index`")
-
-
-def _parse_class_names(path: Path, text: bytes) -> tuple[str, ...]:
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _BadColumnError(path, "class names must be a JSON list of strings")
-    return tuple(names)
-
-
-def _check_rows(path: Path, table: pa.Table, *, num_classes: int) -> None:
-    if table.num_rows == 0:
-        raise ValueError(
-            f"index {path} has no videos; see the report of `i3d-gn index` for the reasons"
-        )
-    minimum = {"num_frames": 1, "width": 1, "height": 1}
-    if "shard" in table.column_names:
-        minimum |= {"offset": 0, "num_bytes": 1}
-    for name, least in minimum.items():
-        values = table[name].to_numpy()
-        if values.min() < least:
-            i = int(np.argmin(values))
-            raise ValueError(
-                f"index {path}: {table['path'][i]} has {name} {values[i]}, must be at least "
-                f"{least}; create it again with `i3d-gn index`, which skips videos that cannot be "
-                "decoded"
-            )
-    labels = table["label"].to_numpy()
-    outside = (labels < UNKNOWN_LABEL) | (labels >= num_classes)
-    if outside.any():
-        i = int(np.argmax(outside))
-        raise ValueError(
-            f"index {path}: {table['path'][i]} has label {labels[i]}, but labels must be below "
-            f"the number of classes, {num_classes} (or -1, unknown); index the videos again with "
-            "the complete class list (--label-map)"
-        )
-    if len(table["path"].unique()) != table.num_rows:
-        paths = table["path"].value_counts()
-        repeated = next(entry["values"] for entry in paths if entry["counts"].as_py() > 1)
-        raise ValueError(
-            f"index {path}: path {repeated} occurs more than once, but each video must count "
-            "once; create it again with `i3d-gn index`, which drops duplicates"
-        )
-
-
-def _portable_root(root: Path, index_folder: Path) -> str:
-    root, index_folder = root.absolute(), index_folder.absolute()
-    # If they share only the root of the file system, they are not moved together.
-    share_a_parent = root.parts[:2] == index_folder.parts[:2]
-    return Path(os.path.relpath(root, index_folder) if share_a_parent else root).as_posix()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+from i3d_gn.files import open_regular
 
 # Attempts to read from a URL, with pauses of 0.5, 1, 2, ... seconds between them.
 _ATTEMPTS = 5
@@ -36,18 +39,30 @@ def is_url(root: str) -> bool:
     return "://" in root
 
 
+def host_of(root: str) -> str | None:
+    """The host (of `s3://` and the like the bucket) that a plain URL names, or `None`.
+
+    Programs disagree on the host of URLs with user names, spaces or backslashes, and a chain of
+    URLs for fsspec, such as `zip://a::http://b`, has several.
+    """
+    match = re.fullmatch(r"[a-z][a-z0-9+.-]*://([\w.-]+)(:\d+)?(/[^\s\\]*)?", root)
+    return match[1].lower() if match and "::" not in root else None
+
+
 @dataclass(frozen=True, eq=False)
 class PackedVideos:
     """The location of each video of an index: shard, offset and size.
 
     Attributes:
         root: A folder or a URL.
+        is_allowed: Whether the user named the folder, or the host of the URL.
         shards: Shard of each video, a path below `root`.
         offsets: int64 `(num_videos,)`, first byte of each video in its shard.
         sizes: int64 `(num_videos,)`, bytes of each video.
     """
 
     root: str
+    is_allowed: bool
     shards: pa.ChunkedArray
     offsets: np.ndarray
     sizes: np.ndarray
@@ -76,13 +91,16 @@ class PackedVideos:
 
         Raises:
             ShardReadError: The shard cannot be read; for a URL, after several attempts.
-            ValueError: A package for this kind of URL is not installed.
+            ValueError: A package for this kind of URL is not installed, or the user did not name
+                its host.
         """
+        if not self.is_allowed:
+            raise ValueError(f"{self.root} was not named as a source of videos")
         location = f"{self.root.rstrip('/')}/{self.shards[i].as_py()}"
         first, count = int(self.offsets[i]), int(self.sizes[i])
         if not is_url(self.root):
             try:
-                with open(location, "rb") as shard:
+                with open_regular(location) as shard:
                     return _complete(os.pread(shard.fileno(), count, first), count)
             except OSError as error:
                 raise ShardReadError(f"{location}: {error.strerror or error}") from error

@@ -18,6 +18,8 @@ from i3d_gn.data.loader import batch_loader
 from i3d_gn.data.videos import RandomClips, TestVideos
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.typed_config import ConfigError
+from i3d_gn.video import build
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex
@@ -144,7 +146,8 @@ def served(motion_set, http_server, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_shards_on_a_web_server(motion_set, served, http_server, num_workers):
-    loose, other = VideoIndex.load(motion_set.train_index), VideoIndex.load(served)
+    loose = VideoIndex.load(motion_set.train_index)
+    other = VideoIndex.load(served, allowed_hosts=["127.0.0.1"])
     assert other.root == f"{http_server.url}/k"
     batches = [[Sample(i, i) for i in range(k, k + 4)] for k in (0, 4, 8)]
     loaders = (
@@ -162,7 +165,7 @@ def test_shards_on_a_web_server(motion_set, served, http_server, num_workers):
 
 def test_network_faults(served, http_server, monkeypatch):
     monkeypatch.setattr("i3d_gn.video_io.packed.time.sleep", lambda seconds: None)
-    index = VideoIndex.load(served)
+    index = VideoIndex.load(served, allowed_hosts=["127.0.0.1"])
     clips = random_clips(index)
     expected = clips[[Sample(0, 0)]]
     shard = next(name for name, *_ in http_server.requests)
@@ -172,6 +175,34 @@ def test_network_faults(served, http_server, monkeypatch):
     (line,) = clips[[Sample(0, 0)]].broken
     assert line.startswith(f"{Path(shard).name}: {index.paths[0]}: http://")
     assert "500" in line
+
+
+@pytest.mark.parametrize("hosts", [(), ("example.org", "localhost", "127.0.0.2")])
+def test_hosts_that_were_not_named_are_never_contacted(served, http_server, hosts):
+    index = VideoIndex.load(served, allowed_hosts=hosts)
+    assert index.refused_root == f"{http_server.url}/k"
+    for refused in (index, pickle.loads(pickle.dumps(index))):
+        with pytest.raises(ValueError, match="was not named"), refused.file_of(0):
+            pass
+    assert http_server.requests == []
+    # A root that is passed was named.
+    named = VideoIndex.load(served, http_server.url + "/k")
+    assert named.refused_root is None
+    with pickle.loads(pickle.dumps(named)).file_of(0) as file:
+        assert file.stat().st_size == named.num_bytes[0]
+
+
+def test_config_must_name_the_host(served, small_run, http_server):
+    """From the file, as from the command line."""
+    config = small_run(f"data.train_index={served}")
+    message = r"its videos are at http://127.*; .* add data.allowed_hosts: \[127.0.0.1\]"
+    with pytest.raises(ConfigError, match=message):
+        build.load_index(str(served), config)
+    assert http_server.requests == []
+    for override in ("data.allowed_hosts=[127.0.0.1]", f"data.root={http_server.url}/k"):
+        index = build.load_index(str(served), small_run(override))
+        with index.file_of(0) as file:
+            assert file.stat().st_size == index.num_bytes[0]
 
 
 def test_broken_video_is_named(motion_set, tmp_path):

@@ -1,6 +1,8 @@
 """Every config key reaches the object that it describes."""
 
 import dataclasses
+import os
+import shutil
 
 import pytest
 import torch
@@ -227,6 +229,7 @@ ELSEWHERE = {
     "train.epochs": "test_classes_and_epochs_come_from_the_index",
     "train.validate_every_epochs": "test_classes_and_epochs_come_from_the_index",
     "data.root": "test_root_of_the_videos_can_be_changed",
+    "data.allowed_hosts": "tests/data_tools/test_pack_shards.py, test_config_must_name_the_host",
     **dict.fromkeys(
         ("train.lr", "train.lr_batch_size", "train.schedule", "train.milestones",
          "train.warmup_steps", "train.log_every", "train.validate_every",
@@ -320,3 +323,30 @@ def test_weights_of_the_config_are_loaded(small_run, one_process, tmp_path):
     model = convolutions.build_model()
     convolutions.load_weights(model)
     assert torch.equal(model.res3[0].conv1.weight, source.res3[0].conv1.weight)
+
+
+def test_videos_with_another_time_are_named(small_run, motion_set, tmp_path, caplog):
+    """But a copy that did not keep any of the times is as good as the original."""
+    folder = tmp_path / "motion"
+    shutil.copytree(motion_set.folder, folder)  # keeps times
+    path, config = str(folder / "train.parquet"), small_run()
+    index = build.load_index(path, config)
+    assert not caplog.messages
+    changed = index.path_of(3)
+    os.utime(changed, (1_500_000_000, 1_500_000_000))
+    build.load_index(path, config)
+    (message,) = caplog.messages
+    assert (
+        f"1 videos were modified after they were indexed, unlike the others ({index.paths[3]}"
+        in message
+    )
+    with index.file_of(3) as file:  # it may be the same
+        assert file == changed
+    caplog.clear()
+    for i in range(len(index)):
+        os.utime(index.path_of(i), (1_500_000_000, 1_500_000_000))
+    build.load_index(path, config)
+    assert not caplog.messages
+    # One of another size shows that they are no copies; it is an error when it is read.
+    index.path_of(5).write_bytes(b"replaced")
+    assert index.paths[5] not in index.modified()

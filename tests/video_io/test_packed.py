@@ -8,6 +8,7 @@ import pytest
 
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index, write_packed_index
+from i3d_gn.video_io.packed import host_of
 
 OFFSETS = (5, 40)
 
@@ -126,6 +127,7 @@ def test_root_is_recorded(packed, tmp_path):
         ("shard", [1, 2], r"column shard has type int64, must be string"),
         ("shard", ["0.tar", None], r"column shard has no value in 1 rows"),
         ("offset", None, r"lacks offset; create it again"),
+        ("shard", ["0.tar", "1.tar::http://127.0.0.1/1.tar"], r"a shard has :: in its name"),
     ],
 )
 def test_invalid_columns_are_refused(column, values, message, packed):
@@ -138,3 +140,23 @@ def test_invalid_columns_are_refused(column, values, message, packed):
     pq.write_table(table, packed)
     with pytest.raises(ValueError, match=message):
         VideoIndex.load(packed)
+
+
+@pytest.mark.parametrize(
+    ("root", "host"),
+    [
+        ("https://data.example.org/k400", "data.example.org"),
+        ("https://data.example.org:8080", "data.example.org"),
+        ("http://DATA.example.org/a b".replace(" ", "%20"), "data.example.org"),
+        ("s3://bucket-1/k400/train", "bucket-1"),
+        ("http://[::1]:80/x", None),
+        ("http://data.example.org@evil.example/x", None),
+        ("http://evil.example\\\\@data.example.org/x", None),
+        ("http://data.example.org /x", None),
+        ("zip://data.example.org::http://evil.example/x", None),
+        ("http://data.example.org/x::http://evil.example/y", None),
+        ("data.example.org/x", None),
+    ],
+)
+def test_host_of_a_url(root, host):
+    assert host_of(root) == host
