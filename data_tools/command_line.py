@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,7 +35,7 @@ def add_process_options(parser: argparse.ArgumentParser, *, timeout_seconds: flo
     )
     parser.add_argument(
         "--timeout-seconds",
-        type=positive_float,
+        type=seconds,
         default=timeout_seconds,
         metavar="S",
         help="give up on an item that takes longer (default: %(default)g)",
@@ -49,7 +49,7 @@ def add_run_options(
     add_process_options(parser, timeout_seconds=timeout_seconds)
     parser.add_argument(
         "--memory-gib",
-        type=positive_float,
+        type=number_between(0.125, 1e6),
         default=memory_gib,
         metavar="GIB",
         help="give up on an item that needs more memory; Linux only (default: %(default)g)",
@@ -97,19 +97,27 @@ def shard(text: str) -> Shard:
 
 
 def positive_int(text: str) -> int:
-    """Parse an integer of at least 1."""
+    """Parse an integer of at least 1 that FFmpeg can take, too."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {2**31 - 1}")
     return value
 
 
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{value:g} is not a number above 0")
-    return value
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """Make a parser of numbers from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:  # nan is not, either
+            raise argparse.ArgumentTypeError(f"{value:g} is not between {low:g} and {high:g}")
+        return value
+
+    return number
+
+
+# The system's functions that wait take no more than 2^31 ms.
+seconds = number_between(0.001, 1e6)
 
 
 def run_script(file: str) -> NoReturn:

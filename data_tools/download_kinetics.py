@@ -29,16 +29,16 @@ from data_tools.command_line import (
     add_run_options,
     new_parser,
     parse_options,
-    positive_float,
     positive_int,
     run_script,
+    seconds,
 )
 from data_tools.file_status import has_size
 from data_tools.http_download import download
 from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
-from i3d_gn.files import write_json
+from i3d_gn.files import print_line, write_json
 
 OFFICIAL_BASE_URL = "https://s3.amazonaws.com/kinetics/400"
 SPLITS = ("train", "val", "test")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--stall-seconds",
-        type=positive_float,
+        type=seconds,
         default=60,
         metavar="S",
         help="drop a connection that sends nothing for S seconds (default: %(default)g)",
@@ -161,7 +161,7 @@ def _fetch(
 
 def _report(output: Path, files: dict[str, str], step: StepResult, run_options: RunOptions) -> None:
     gigabytes = sum(done["num_bytes"] for done in step.results.values()) / 1e9
-    print(
+    print_line(
         f"{output}: {len(step.results) - step.num_kept} files downloaded, {step.num_kept} already "
         f"there, {len(step.failures)} failed; {gigabytes:.2f} GB"
     )
@@ -189,7 +189,7 @@ def _report(output: Path, files: dict[str, str], step: StepResult, run_options: 
             ],
         },
     )
-    print(f"report: {report}")
+    print_line(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
 from data_tools.safe_tar import check_expansion, open_tar, why_refused
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
-from i3d_gn.files import atomic_output, remove_unfinished, write_json
+from i3d_gn.files import atomic_output, print_line, remove_unfinished, write_json
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
 # Errors of a file system that concern the name of one file: too long, not representable, or taken
@@ -254,7 +254,7 @@ def _report(
     unused = sorted(path for key, path in replacements.items() if key not in replaced_ids)
     num_videos = sum(done["num_videos"] for done in step.results.values())
     num_bytes = sum(done["num_bytes"] for done in step.results.values())
-    print(
+    print_line(
         f"{output}: {num_videos} videos, {num_bytes / 1e9:.2f} GB from {len(step.results)} "
         f"archives ({step.num_kept} already done); {len(replaced)} videos replaced"
     )
@@ -263,7 +263,7 @@ def _report(
         [f"{entry['archive']}: refused {entry['member']!r}: {entry['reason']}" for entry in refused]
     )
     if unused and not (step.left or step.failures):
-        print(
+        print_line(
             f"    {len(unused)} replacements are for videos that are in no archive; they are in "
             f"{output / PurePosixPath(unused[0]).parent}"
         )
@@ -284,7 +284,7 @@ def _report(
             "unused_replacements": unused,
         },
     )
-    print(f"report: {report}")
+    print_line(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from data_tools.probing import decode_error_reason, has_no_frames
+from i3d_gn.files import open_regular
 from i3d_gn.video_io.decode import VideoDecodeError, probe_video
 from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
@@ -42,9 +43,9 @@ def check_video(file: Path) -> CheckedVideo:
 
     Raises:
         MemoryError: If there is too little memory.
-        OSError: If the file cannot be opened, which says nothing about its content.
+        OSError: If it is not a regular file, or opening it fails, which says nothing about content.
     """
-    with open(file, "rb"):
+    with open_regular(file):
         pass
     if file.stat().st_size == 0:
         return CheckedVideo(defect="no_frames", reason="the file is empty")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from i3d_gn.files import lock_file
+from i3d_gn.files import lock_file, print_line
 
 _SHARD_SUFFIX = re.compile(r"\.\d+-of-\d+")
 
@@ -46,7 +46,7 @@ class Ledger:
             lines = _complete_lines(ledger)
             valid = [line for line in lines if _has_valid_crc(line)]
             if len(valid) < len(lines):  # After a full disk, a power failure, a bad disk.
-                print(
+                print_line(
                     f"{ledger}: {len(lines) - len(valid)} damaged lines ignored; their items are "
                     "done again",
                     file=sys.stderr,
@@ -89,7 +89,7 @@ class Ledger:
         with ExitStack() as stack:
             file = stack.enter_context(open(self._path, "ab"))
             if not lock_file(file, wait=False):
-                print(f"waiting for another run to release {self._path}", file=sys.stderr)
+                print_line(f"waiting for another run to release {self._path}", file=sys.stderr)
                 lock_file(file, wait=True)
             file.truncate(sum(map(len, _complete_lines(self._path))))
             stack.pop_all()

@@ -31,7 +31,7 @@ from data_tools.command_line import (
 from data_tools.file_status import has_size
 from data_tools.h264 import X264Options, write_h264
 from data_tools.step import Item, RunOptions, run_step
-from i3d_gn.files import atomic_output, remove_unfinished
+from i3d_gn.files import atomic_output, print_line, remove_unfinished
 
 # Camera motion per unit of speed: (right, down) in pixels, clockwise roll in radians. At 40 pixels
 # from the center, half way to the corner, a roll moves the image as far as the other motions.
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     add_process_options(parser, timeout_seconds=120)
     options = parse_options(parser, argv)
     num_written, num_kept = make_motion_clips(**options)
-    print(f"{options['output']}: {num_written} clips written, {num_kept} already there")
+    print_line(f"{options['output']}: {num_written} clips written, {num_kept} already there")
     return 0
 
 

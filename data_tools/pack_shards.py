@@ -29,13 +29,13 @@ import pyarrow.parquet as pq
 from data_tools.command_line import (
     add_run_options,
     new_parser,
+    number_between,
     parse_options,
-    positive_float,
     run_script,
 )
 from data_tools.file_status import file_fingerprint, has_size
 from data_tools.step import Item, RunOptions, print_unfinished, run_step
-from i3d_gn.files import atomic_output, printable, remove_unfinished
+from i3d_gn.files import atomic_output, check_regular, print_line, remove_unfinished
 from i3d_gn.video_io.index import VideoIndex, write_packed_index
 
 _FACTS = (
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the shards")
     parser.add_argument(
         "--shard-mib",
-        type=positive_float,
+        type=number_between(0.001, 1e6),
         default=256,
         metavar="MIB",
         help="size of a shard (default: %(default)g)",
@@ -107,7 +107,7 @@ def pack_shards(
         unit="shard",
     )
     for name, reason in sorted(step.failures.items()):
-        print(printable(f"{output / name}: {reason}"))
+        print_line(f"{output / name}: {reason}")
     if run_options.dry_run or step.left or step.failures:
         print_unfinished(step, run_options)
         return 1 if step.failures else 0
@@ -132,8 +132,9 @@ def pack_shards(
     gigabytes = sum(done["num_bytes"] for done in step.results.values()) / 1e9
     print(
         f"{len(videos)} videos in {len(plan)} shards ({step.num_kept} already there), "
-        f"{gigabytes:.2f} GB\nindex:  {output / 'index.parquet'}"
+        f"{gigabytes:.2f} GB"
     )
+    print_line(f"index:  {output / 'index.parquet'}")
     return 0
 
 
@@ -165,6 +166,7 @@ def _write_shard(
             TarWriter(stream, encoder=False, mtime=0.0, compress=False) as writer,
         ):
             for i, path, facts in entries:
+                check_regular(path)
                 extension = PurePosixPath(path).suffix[1:].lower()
                 writer.write(
                     {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from i3d_gn.files import open_regular
 from i3d_gn.video_io.decode import VideoDecodeError, count_decodable_frames, probe_video
 from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
 
@@ -23,10 +24,10 @@ def probe(root: Path, path: str, *, decode: bool) -> Probed:
     """Open `root / path` and decode its first frame, or all frames if `decode`.
 
     Raises:
-        OSError: If the file cannot be opened, which says nothing about its content.
+        OSError: If it is not a regular file, or opening it fails, which says nothing about content.
     """
     file = root / path
-    with open(file, "rb"):
+    with open_regular(file):
         pass
     if file.stat().st_size == 0:
         return Probed(verdict="empty", reason="the file is empty")

@@ -170,7 +170,7 @@ class _Worker:
         self._process.join()
         cause = _describe_exit(self._process.exitcode)
         if not self._has_started:
-            raise RuntimeError(f"a worker process could not start ({cause}); see its message above")
+            raise OSError(f"a worker process could not start ({cause}); see its message above")
         item = self.item
         self.restart()
         return item, Outcome(failure=f"its process {cause}", kind="crash")

@@ -26,8 +26,8 @@ from typing import Any
 from data_tools.command_line import (
     add_run_options,
     new_parser,
+    number_between,
     parse_options,
-    positive_float,
     positive_int,
     run_script,
 )
@@ -40,7 +40,7 @@ from data_tools.probing import decode_error_reason
 from data_tools.processes import ItemFailure
 from data_tools.step import Item, RunOptions, Shard, print_unfinished, run_step
 from data_tools.transcode import transcode
-from i3d_gn.files import file_sha256, remove_unfinished, write_json
+from i3d_gn.files import file_sha256, print_line, remove_unfinished, write_json
 from i3d_gn.video_io.decode import VideoDecodeError
 
 PRESETS = (
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--crf",
-        type=positive_float,
+        type=number_between(0.1, 51),
         default=23,
         help="x264 quality; lower is better and larger (default: %(default)g)",
     )
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--fps",
-        type=positive_float,
+        type=number_between(0.01, 1000),
         metavar="RATE",
         help="resample to RATE frames per second (default: the frames of the source)",
     )
@@ -143,7 +143,7 @@ class ResizeReport:
 
     def print_summary(self) -> None:
         """Print the counts and the first failures."""
-        print(
+        print_line(
             f"{self.output}: {self.num_written} videos written, {self.num_kept} already there, "
             f"{len(self.failed)} failed; {self.num_bytes / 2**20:.1f} MiB"
         )
@@ -151,7 +151,7 @@ class ResizeReport:
         if self.skipped:
             print(f"skipped files (not videos): {len(self.skipped)}")
             print_first(self.skipped)
-        print(f"report: {self.path}")
+        print_line(f"report: {self.path}")
 
 
 def resize_videos(

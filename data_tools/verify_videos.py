@@ -23,7 +23,6 @@ Exit status: 0, or 1 if more than --max-defects of all videos have defects, 2 fo
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import asdict
@@ -37,6 +36,7 @@ from data_tools.annotations import read_annotations
 from data_tools.command_line import (
     add_run_options,
     new_parser,
+    number_between,
     parse_options,
     run_script,
 )
@@ -46,7 +46,7 @@ from data_tools.full_decode_check import check_video
 from data_tools.printing import print_first
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
-from i3d_gn.files import write_json
+from i3d_gn.files import print_line, write_json
 
 DEFECTS = (
     *("missing", "no_frames", "no_video_stream", "unreadable", "truncated", "timestamps"),
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--max-defects",
-        type=_fraction,
+        type=number_between(0, 1),
         default=0.05,
         metavar="FRACTION",
         help="exit with status 1 if more than this share has defects (default: %(default)g)",
@@ -131,12 +131,12 @@ def verify_videos(
         },
     )
     share = len(defective) / len(found)
-    print(f"{source}: {len(found)} videos, {len(defective)} with defects ({share:.2%})")
+    print_line(f"{source}: {len(found)} videos, {len(defective)} with defects ({share:.2%})")
     for name in DEFECTS:
         if counts[name]:
             print(f"  {name}: {counts[name]}")
             print_first([f"{e['path']}: {e['reason']}" for e in defective if e["defect"] == name])
-    print(f"report: {report}")
+    print_line(f"report: {report}")
     if share > max_defects:
         print(f"more than {max_defects:.2%} have defects (--max-defects)", file=sys.stderr)
         return 1
@@ -198,13 +198,6 @@ def _verdicts(paths: list[str], step: StepResult) -> list[dict[str, Any]]:
                 entry |= {"defect": "duplicate", "reason": f"the same frames as {original}"}
         entries.append(entry)
     return entries
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
 
 
 if __name__ == "__main__":

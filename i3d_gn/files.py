@@ -10,9 +10,10 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 # What file systems without locks answer, such as Lustre mounted without `flock`.
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
@@ -75,10 +76,33 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def print_line(text: str, *, file: TextIO | None = None) -> None:
+    """Print a line that may hold file names, on stdout by default; see `printable`."""
+    print(printable(text), file=file)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a regular file, before it is opened: a pipe can block, a device never end.
+
+    Raises:
+        OSError: `path` is a directory, pipe, socket or device, or there is no such file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; see `check_regular`."""
+    check_regular(path)
+    return open(path, "rb")
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of the bytes of a regular file, in hexadecimal."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from i3d_gn.files import (
@@ -58,3 +60,12 @@ def test_json_is_readable_utf8(tmp_path):
 def test_sha256_of_a_known_file(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_hashed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name, kind in [("pipe", "a pipe"), ("device", "a pipe"), (".", "a directory")]:
+        with pytest.raises(OSError, match=f"{kind}.*, not a regular file"):
+            file_sha256(tmp_path / name)

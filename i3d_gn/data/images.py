@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from i3d_gn.data.batches import Batch, Sample, Stream
+from i3d_gn.files import check_regular
 
 _SEED_BITS = 63
 
@@ -103,6 +104,7 @@ class CenterImages(Dataset[Batch]):
 
 def _read(path: str) -> Image.Image:
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow raises whatever its parsers run into

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from i3d_gn.engine.host_memory import keep_freed_memory
-from i3d_gn.files import printable
+from i3d_gn.files import print_line, printable
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
@@ -30,13 +30,13 @@ def run_command(command: Callable[[], int]) -> int:
     try:
         return command()
     except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print_line(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"{stopped}; run the same command again to resume", file=sys.stderr)
+        print_line(f"{stopped}; run the same command again to resume", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
@@ -54,4 +54,13 @@ def config_parser(name: str, description: str, example: str) -> argparse.Argumen
 def start_logging() -> None:
     """Log progress on stderr, and let the process keep the memory that large tensors free."""
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _PrintableFormatter(logging.Formatter):
+    """The message alone; it may name files, see `printable`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return printable(record.getMessage())

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
+from i3d_gn.files import print_line
 
 
 def train(argv: list[str]) -> int:
@@ -50,5 +51,6 @@ def table(argv: list[str]) -> int:
     print(imagenet_tables(runs))
     if args.curves is not None:
         plot(runs, args.curves)
-        print(f"\ncurves: {args.curves}")
+        print()
+        print_line(f"curves: {args.curves}")
     return 0

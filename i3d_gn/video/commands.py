@@ -5,6 +5,7 @@ import glob
 from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
+from i3d_gn.files import print_line
 
 
 def train(argv: list[str]) -> int:
@@ -80,7 +81,8 @@ def report(argv: list[str]) -> int:
     runs = [read_run(path) for path in args.runs]
     print(table(runs))
     plot(runs, args.out)
-    print(f"\ncurves: {args.out}")
+    print()
+    print_line(f"curves: {args.out}")
     return 0
 
 

@@ -17,7 +17,7 @@ from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, to_dict
-from i3d_gn.files import file_sha256, write_json
+from i3d_gn.files import file_sha256, print_line, write_json
 from i3d_gn.models import I3D
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
@@ -138,14 +138,14 @@ def _print_results(outcome: TestOutcome, config: Config, folder: Path) -> None:
             f"mean class accuracy {metrics.mean_class_accuracy:.1f} %"
         )
     if outcome.num_unlabeled:
-        print(f"{outcome.num_unlabeled} videos without a label: scores only, in {folder}")
+        print_line(f"{outcome.num_unlabeled} videos without a label: scores only, in {folder}")
     if timing["videos"]:
         logger.info(
             "%.2f videos/s, waiting for data %.0f %%; %s",
             timing["videos"] / timing["seconds"], 100 * timing["data_wait_share"], folder,
         )  # fmt: skip
     if outcome.skipped:
-        print(
+        print_line(
             f'{len(outcome.skipped)} videos failed to decode and do not count; see "skipped" in '
             f"{folder / 'results.json'}",
             file=sys.stderr,

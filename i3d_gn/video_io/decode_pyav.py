@@ -11,7 +11,6 @@ Only decoding the whole file can detect that.
 import contextlib
 import itertools
 import os
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +22,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from i3d_gn.files import check_regular
 from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.frame_table import (
@@ -71,14 +71,9 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
             decoder for it.
     """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe or device could block or never end
-            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-            raise VideoDecodeError(path, f"{kind}, not a regular file")
+        check_regular(path)
         # An absolute path: FFmpeg would take "a" in "a:b.mp4" for a protocol.
         container = av.open(os.path.abspath(path), **_ANY_METADATA)
-    except VideoDecodeError:
-        raise
     except (FFmpegError, OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise VideoDecodeError(path, _reason(error)) from error
     with container:

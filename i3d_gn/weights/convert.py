@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i3d_gn.engine.command import start_logging
+from i3d_gn.files import print_line
 from i3d_gn.weights.info import STEM_NAMES
 from i3d_gn.weights.tensor_names import first_names
 
@@ -47,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     if weights.other_entries:
         origin = f" of {weights.entry} (--entry selects {' or '.join(weights.other_entries)})"
     if weights.unused:
-        print(f"not converted: {first_names(weights.unused)}")
-    print(f"{args.dest}: {len(weights.tensors)} tensors{origin} with {args.naming} names; {facts}")
+        print_line(f"not converted: {first_names(weights.unused)}")
+    print_line(
+        f"{args.dest}: {len(weights.tensors)} tensors{origin} with {args.naming} names; {facts}"
+    )
     return 0
 
 

@@ -97,7 +97,7 @@ def test_child_that_cannot_start_is_an_error():
     exec("def function(item): return item", module.__dict__)
     sys.modules["only_in_the_parent"] = module
     try:
-        with pytest.raises(RuntimeError, match="a worker process could not start"):
+        with pytest.raises(OSError, match="a worker process could not start"):
             run(["1"], function=module.function)
     finally:
         del sys.modules["only_in_the_parent"]

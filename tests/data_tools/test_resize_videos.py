@@ -310,12 +310,12 @@ def test_overwriting_replaces_only_by_complete_copies(tmp_path, place_clip, kill
 
 
 def test_failure_keeps_the_copy_of_an_unchanged_source(tmp_path, place_clip):
-    """Here the encoder refuses the number of frames."""
+    """Here it takes too long."""
     place_clip(tmp_path / "in" / "1.mp4")
     assert run(tmp_path / "in", tmp_path / "out") == 0
     copy = tmp_path / "out" / "1.mp4"
     written = copy.read_bytes()
-    options = ["--gop", 2**31, "--overwrite"]
+    options = ["--crf", "30", "--timeout-seconds", "0.001", "--overwrite"]
     assert run(tmp_path / "in", tmp_path / "out", *options) == 1
     (failed,) = report_of(tmp_path / "out")["failed"]
     assert failed["reason"].endswith("(its earlier copy is kept)")
@@ -365,12 +365,29 @@ def test_two_concurrent_runs_encode_nothing_twice(tmp_path, place_clip):
     assert len((tmp_path / "out" / ".resize.ledger.jsonl").read_text().splitlines()) == 12
 
 
-@pytest.mark.parametrize("option", ["--timeout-seconds", "--memory-gib", "--crf"])
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("option", ["--timeout-seconds", "--memory-gib", "--crf", "--fps"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e-09", "1e+300"])
 def test_invalid_numbers(tmp_path, capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, tmp_path / "out", f"{option}={value}")
-    assert f"argument {option}: {value} is not a number above 0" in capsys.readouterr().err
+    assert f"argument {option}: {value} is not between" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--short-side", "--gop", "--workers"])
+@pytest.mark.parametrize("value", ["0", "-1", "2147483648"])
+def test_invalid_integers(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, tmp_path / "out", f"{option}={value}")
+    assert f"argument {option}: {value} is not between 1 and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0.01", "1000"])
+def test_extreme_frame_rates(tmp_path, place_clip, rate):
+    """At one frame per 100 s one frame is left, at 1000 per second each is repeated 40 times."""
+    source = place_clip(tmp_path / "in" / "x.mp4")
+    assert run(tmp_path / "in", tmp_path / "out", "--fps", rate) == 0
+    before, after = probe_video(source), probe_video(tmp_path / "out" / "x.mp4")
+    assert after.num_frames == max(1, round(float(rate) * before.duration_seconds))
 
 
 def test_unwritable_output_is_one_error_line(tmp_path, place_clip, capsys):
