@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from data_tools.find_videos import find_files
 from data_tools.hmdb51_splits import is_split_file, read_hmdb51_splits
 from data_tools.json_lists import read_json_list
 from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.text_lists import read_text_list
+from i3d_gn.video_io.find_videos import find_files
 
 _IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 # How to make a video of a folder of frames.

@@ -34,13 +34,13 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint
-from data_tools.find_videos import is_video_name
 from data_tools.listed_videos import split_segment_name
 from data_tools.printing import print_first
 from data_tools.processes import ItemFailure
 from data_tools.safe_tar import check_expansion, open_tar, why_refused
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from i3d_gn.files import atomic_output, print_line, remove_unfinished, write_json
+from i3d_gn.video_io.find_videos import is_video_name
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
 # Errors of a file system that concern the name of one file: too long, not representable, or taken

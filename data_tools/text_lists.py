@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_tools.find_videos import is_video_name
 from data_tools.listed_videos import (
     Annotations,
     ListedVideo,
@@ -19,6 +18,7 @@ from data_tools.listed_videos import (
     segment_name,
     select_split,
 )
+from i3d_gn.video_io.find_videos import is_video_name
 
 # Names of columns in use, in order of preference.
 _PATH_COLUMNS = (

@@ -41,12 +41,12 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint
-from data_tools.find_videos import find_files
 from data_tools.full_decode_check import check_video
 from data_tools.printing import print_first
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
 from data_tools.video_folder import find_listed_videos, video_folder
 from i3d_gn.files import print_line, write_json
+from i3d_gn.video_io.find_videos import find_files
 
 DEFECTS = (
     *("missing", "no_frames", "no_video_stream", "unreadable", "truncated", "timestamps"),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_tools.find_videos import find_files, is_video_name
 from data_tools.listed_videos import Annotations, ListedVideo, split_segment_name
+from i3d_gn.video_io.find_videos import find_files, is_video_name
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from i3d_gn.data.batches import Batch, Sample, Stream
 from i3d_gn.data.clips import clip_indices, random_start, spaced_starts, union_of_clips
 from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
-from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.index import VideoIndex, VideoSource
+from i3d_gn.video_io.video_files import VideoFiles
 
 
 class RandomClips(Dataset[Batch]):
@@ -160,7 +161,7 @@ class TestVideos(Dataset[TestVideo]):
     """Videos with the frames of their evenly spaced test clips, each frame decoded once.
 
     Args:
-        index: The videos.
+        index: The videos, indexed or not.
         num_clips, num_frames, stride, spacing: See `spaced_starts`.
         align_starts: Round each start down to a multiple of `stride`. Clips then share more frames,
             and at stride 2 only about half as many need decoding; the paper does not do this.
@@ -174,7 +175,7 @@ class TestVideos(Dataset[TestVideo]):
 
     def __init__(
         self,
-        index: VideoIndex,
+        index: VideoIndex | VideoFiles,
         *,
         num_clips: int,
         num_frames: int,
@@ -203,11 +204,15 @@ class TestVideos(Dataset[TestVideo]):
 
     def __getitem__(self, video: int) -> TestVideo:
         """Video number `video` of the index."""
-        index = self.index
-        label = int(index.labels[video])
-        length = int(index.num_frames[video])
+        try:
+            with self.index.source_of(video) as source:
+                return self._load(video, source)
+        except VideoDecodeError as error:
+            return self.skipped(video, str(error))
+
+    def _load(self, video: int, source: VideoSource) -> TestVideo:
         starts = spaced_starts(
-            length,
+            source.num_frames,
             num_clips=self.num_clips,
             num_frames=self.num_frames,
             stride=self.stride,
@@ -218,27 +223,31 @@ class TestVideos(Dataset[TestVideo]):
         clips = np.stack(
             [
                 clip_indices(
-                    int(start), num_frames=self.num_frames, stride=self.stride, video_length=length
+                    int(start),
+                    num_frames=self.num_frames,
+                    stride=self.stride,
+                    video_length=source.num_frames,
                 )
                 for start in starts
             ]
         )
         unique, inverse = union_of_clips(clips)
         plan, crops = evaluation_crops(
-            int(index.heights[video]),
-            int(index.widths[video]),
+            source.height,
+            source.width,
             short_side=self.short_side,
             mode=self.spatial,
             crop_size=None if self.spatial == "full" else self.crop_size,
         )
-        try:
-            with index.file_of(video) as path:
-                size = (int(index.heights[video]), int(index.widths[video]))
-                frames = decode_frames(path, unique, plan=plan, size=size, backend=self.backend)
-        except VideoDecodeError as error:
-            return self.skipped(video, str(error))
+        size = (source.height, source.width)
+        frames = decode_frames(source.path, unique, plan=plan, size=size, backend=self.backend)
         return TestVideo(
-            video, label, torch.from_numpy(frames), torch.from_numpy(inverse), tuple(crops), None
+            video,
+            int(self.index.labels[video]),
+            torch.from_numpy(frames),
+            torch.from_numpy(inverse),
+            tuple(crops),
+            None,
         )
 
     def split(self, video: int) -> list[int]:
@@ -261,7 +270,9 @@ class TestVideos(Dataset[TestVideo]):
 
     def num_bytes(self, video: int) -> int:
         """Bytes of the frames, as if no two clips shared one."""
-        index = self.index
+        index, frames = self.index, self.num_clips * self.num_frames
+        if isinstance(index, VideoFiles):
+            return frames * 3 * self.short_side**2 * 16 // 9  # not probed yet
         height, width = int(index.heights[video]), int(index.widths[video])
-        frames = min(int(index.num_frames[video]), self.num_clips * self.num_frames)
+        frames = min(int(index.num_frames[video]), frames)
         return frames * 3 * self.short_side**2 * max(height, width) // min(height, width)

@@ -80,18 +80,7 @@ def load_typed(
     merged = _writable_schema(schema)
     for key, value in _flatten(_plain(values)):
         _assign(merged, key, value, f"{path}:{lines[key]}", schema)
-    for override in overrides:
-        where = f"override {override!r}"
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{where}: expected key=value, e.g. train.lr=0.02")
-        _check_key(key, where, schema)
-        try:
-            values = OmegaConf.from_dotlist([override])
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-        for inner_key, value in _flatten(_plain(values)):
-            _assign(merged, inner_key, value, where, schema)
+    _assign_overrides(merged, overrides, schema)
     return _checked(merged, path, schema, check)
 
 
@@ -100,6 +89,7 @@ def from_dict(
     path: Path,
     schema: type[ConfigT],
     check: Callable[[ConfigT, Path], None],
+    overrides: Sequence[str] = (),
 ) -> ConfigT:
     """The dataclass `schema` from what `to_dict` returned and the file `path` contains.
 
@@ -109,6 +99,7 @@ def from_dict(
     merged = _writable_schema(schema)
     for key, value in _flatten(values):
         _assign(merged, key, value, str(path), schema)
+    _assign_overrides(merged, overrides, schema)
     return _checked(merged, path, schema, check)
 
 
@@ -182,6 +173,21 @@ def check_numbers(
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not (holds(number) and math.isfinite(number)):
                     raise ConfigError(f"{where}{key} is {number}; it must {rule}")
+
+
+def _assign_overrides(merged: Any, overrides: Sequence[str], schema: type) -> None:
+    for override in overrides:
+        where = f"override {override!r}"
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{where}: expected key=value, e.g. train.lr=0.02")
+        _check_key(key, where, schema)
+        try:
+            values = OmegaConf.from_dotlist([override])
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        for inner_key, value in _flatten(_plain(values)):
+            _assign(merged, inner_key, value, where, schema)
 
 
 def _checked(

@@ -22,6 +22,7 @@ from i3d_gn.norm import make_norm
 from i3d_gn.video.config import Config
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.packed import host_of
+from i3d_gn.video_io.video_files import VideoFiles
 from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def clip_loader(
     )
 
 
-def test_videos(index: VideoIndex, config: Config) -> TestVideos:
+def test_videos(index: VideoIndex | VideoFiles, config: Config) -> TestVideos:
     """Videos with the clips and crops of `config.test`."""
     return TestVideos(
         index,

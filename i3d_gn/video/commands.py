@@ -68,6 +68,35 @@ def info(argv: list[str]) -> int:
     return 0
 
 
+def predict(argv: list[str]) -> int:
+    """`i3d-gn predict`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn predict", description="Predict the classes of videos with a trained network."
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="VIDEO",
+        help="video, folder of videos, index (.parquet) or URL",
+    )
+    _add_network_options(parser)
+    parser.add_argument(
+        "--top-k", type=_positive_int, default=5, metavar="K",
+        help="classes per video (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write a .csv, .json or .parquet file"
+    )
+    args = parser.parse_args(argv)
+    start_logging()
+    from i3d_gn.video.predict import predict as predict_videos
+
+    predict_videos(
+        args.inputs, args.checkpoint, top_k=args.top_k, out=args.out, overrides=args.overrides
+    )
+    return 0
+
+
 def report(argv: list[str]) -> int:
     """`i3d-gn report`."""
     parser = argparse.ArgumentParser(
@@ -115,3 +144,32 @@ def compare(argv: list[str]) -> int:
     groups = read_groups(args.groups, args.group_column) if args.groups else {}
     print(comparison(entries, groups))
     return 0
+
+
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="checkpoint, output_dir of a run, or weights of a video network",
+    )
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the config that trained the network, such as test.num_clips=30; "
+        "may be repeated",
+    )
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number

@@ -159,15 +159,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_typed(path, overrides, Config, _check_values)
 
 
-def config_of_checkpoint(saved: dict[str, Any], path: Path) -> Config:
-    """The config that trained a checkpoint, from its contents.
+def config_of_checkpoint(
+    saved: dict[str, Any], path: Path, overrides: Sequence[str] = ()
+) -> Config:
+    """The config that trained a checkpoint, from its contents, with `key=value` overrides.
 
     Raises:
         ConfigError: It is not the config of a video run, or of a newer version of this package.
     """
     if not isinstance(saved["config"].get("clip"), dict):
         raise ConfigError(f"{path} is not of a video network: its config has no clips")
-    return from_dict(saved["config"], path, Config, _check_values)
+    return from_dict(saved["config"], path, Config, _check_values, overrides)
+
+
+def config_of_values(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A config of the given sections, for a network whose training is unknown.
+
+    Raises:
+        ConfigError: As `load_config`; `path` stands before the key in messages.
+    """
+    unused = {"output_dir": "", "data": {"train_index": "", "val_index": ""}, "train": {"steps": 1}}
+    return from_dict({**unused, **values}, path, Config, _check_values, overrides)
 
 
 def _check_values(config: Config, path: Path) -> None:

@@ -100,22 +100,26 @@ def evaluate_model(
     tag: str,
 ) -> TestOutcome | None:
     """Test a network in memory on the videos of `index`; see `score_videos`."""
-    _, *window = build.training_map(model, config)
-    scorer = VideoScorer(
-        model,
-        to_device,
-        window=(window[0], window[1]),
-        average=config.test.average,
-        clips_per_forward=config.test.clips_per_forward,
-    )
     return score_videos(
-        scorer,
+        video_scorer(model, config, to_device),
         build.test_videos(index, config),
         folder=folder,
         tag=tag,
         process=process,
         num_workers=build.num_workers(config, process),
         timeout_seconds=config.data.timeout_seconds,
+    )
+
+
+def video_scorer(model: I3D, config: Config, to_device: ToDevice) -> VideoScorer:
+    """What scores a video as `config.test` says."""
+    _, *window = build.training_map(model, config)
+    return VideoScorer(
+        model,
+        to_device,
+        window=(window[0], window[1]),
+        average=config.test.average,
+        clips_per_forward=config.test.clips_per_forward,
     )
 
 

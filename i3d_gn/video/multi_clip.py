@@ -15,6 +15,7 @@ from i3d_gn.data.videos import TestVideo, TestVideos
 from i3d_gn.engine.distributed import Process, barrier
 from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.video.scores import TestOutcome, VideoScore, merge_parts, read_parts, write_part
+from i3d_gn.video_io.index import VideoIndex
 
 VIDEOS_PER_PART = 64
 
@@ -82,6 +83,7 @@ def score_videos(
         ValueError: No video could be decoded, scores are not finite, or the ranks do not share
             `folder`.
     """
+    assert isinstance(videos.index, VideoIndex)
     lock = DirLock(folder) if process.is_main else None
     parts = folder / "parts" / tag
     parts.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from i3d_gn.models import I3D
 from i3d_gn.models.inflate import load_imagenet_weights
 from i3d_gn.video import build
 from i3d_gn.video.config import ClipConfig, Config, ModelConfig
+from i3d_gn.weights.download import is_published_name
+from i3d_gn.weights.read import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +58,25 @@ def load_trained(path: Path, config: Config, device: torch.device) -> TrainedNet
         CheckpointError: The file is missing, damaged, or of another network.
         ValueError: The weights cannot be read.
     """
-    model = build.build_model(config, device)
-    if path.suffix in _WEIGHT_SUFFIXES:
-        return _load_weights(model, path, config)
+    if is_weights(path):
+        return trained_from_weights(str(path), path, config, device)
     saved = load_checkpoint(path)
     _check_same_model(saved["config"], config, path)
-    load_model_state(model, saved["model"], path=path)
     _warn_of_other_clips(saved["config"], config, path)
+    return trained_from_checkpoint(saved, path, config, device)
+
+
+def is_weights(source: str | Path) -> bool:
+    """Whether `source` is a weight file or a published name, and not a checkpoint of training."""
+    return Path(source).suffix in _WEIGHT_SUFFIXES or is_published_name(str(source))
+
+
+def trained_from_checkpoint(
+    saved: dict[str, Any], path: Path, config: Config, device: torch.device
+) -> TrainedNetwork:
+    """The network of `config.model` with the weights in the contents of a checkpoint."""
+    model = build.build_model(config, device)
+    load_model_state(model, saved["model"], path=path)
     mean, std = saved_normalization(saved)
     names = saved.get("class_names")
     return TrainedNetwork(
@@ -70,9 +84,21 @@ def load_trained(path: Path, config: Config, device: torch.device) -> TrainedNet
     )
 
 
-def _load_weights(model: I3D, path: Path, config: Config) -> TrainedNetwork:
-    report = load_imagenet_weights(model, path)
-    if report.left_at_init:
+def trained_from_weights(
+    weights: str | Weights,
+    path: str | Path,
+    config: Config,
+    device: torch.device,
+    *,
+    needs_head: bool = True,
+) -> TrainedNetwork:
+    """The network of `config.model` with weights of `path`, read before or not.
+
+    With `needs_head`, the classifier must be among them; otherwise those of images are inflated.
+    """
+    model = build.build_model(config, device)
+    report = load_imagenet_weights(model, weights)
+    if needs_head and report.left_at_init:
         raise CheckpointError(
             f"{path} is not a trained network of this config: it has no weights for "
             f"{', '.join(report.left_at_init)}"

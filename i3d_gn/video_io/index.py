@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +138,15 @@ def _file_status(path: Path) -> tuple[int | None, int | None]:
     except OSError:
         return None, None
     return status.st_size, status.st_mtime_ns
+
+
+class VideoSource(NamedTuple):
+    """A file to decode, and what its clips depend on; sizes in pixels, of the upright frame."""
+
+    path: Path
+    num_frames: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +327,14 @@ class VideoIndex:
                 if mtime_ns is None or abs(mtime_ns - self.mtimes_ns[i]) > _SAME_TIME_NS:
                     found.append(self._paths[i].as_py())
         return found if len(found) < num_known else []
+
+    @contextlib.contextmanager
+    def source_of(self, i: int) -> Iterator[VideoSource]:
+        """Yield video `i` as it was indexed, to read inside the block, see `file_of`."""
+        with self.file_of(i) as path:
+            yield VideoSource(
+                path, int(self.num_frames[i]), int(self.heights[i]), int(self.widths[i])
+            )
 
     @cached_property
     def paths(self) -> list[str]:

@@ -9,9 +9,9 @@ from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 from data_tools.annotations import read_annotations
 from data_tools.class_names import label_ids
-from data_tools.find_videos import VIDEO_EXTENSIONS
 from data_tools.label_map import LabelMap
 from data_tools.listed_videos import split_segment_name
+from i3d_gn.video_io.find_videos import VIDEO_EXTENSIONS
 
 OFFICIAL = """label,youtube_id,time_start,time_end,split,is_cc
 abseiling,0wR5jVB-WPk,417,427,val,0

@@ -1,0 +1,55 @@
+"""Rows of results as a CSV, JSON or Parquet file, by its name."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from i3d_gn.files import atomic_output, write_json
+
+_SUFFIXES = (".csv", ".json", ".parquet")
+
+
+def check_table_path(path: Path) -> None:
+    """Refuse, before work is done, a file that `write_table` could not write.
+
+    Raises:
+        ValueError: The name does not end in a known format, or `check_writable` fails.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: its name must end in {', '.join(_SUFFIXES)}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before work is done, an output file in a folder that cannot be written.
+
+    Raises:
+        ValueError: It is a folder, or its folder cannot be written.
+    """
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is not a writable folder"
+        raise ValueError(f"{path} cannot be written: {reason}; give the path of another file")
+
+
+def write_table(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
+    """Write `rows` with the columns of `schema`, atomically; missing values are null or empty."""
+    complete = [{name: row.get(name) for name in schema.names} for row in rows]
+    if path.suffix == ".json":
+        write_json(path, complete)
+        return
+    with atomic_output(path) as temporary:
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(complete, schema=schema), temporary)
+            return
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, schema.names)
+            writer.writeheader()
+            writer.writerows(complete)
