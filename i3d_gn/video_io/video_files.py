@@ -17,7 +17,8 @@ import numpy as np
 from i3d_gn.video_io.decode import probe_video
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.find_videos import find_files
-from i3d_gn.video_io.index import UNKNOWN_LABEL, VideoSource
+from i3d_gn.video_io.index import VideoSource
+from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 from i3d_gn.video_io.packed import is_url
 
 _TIMEOUT_SECONDS = 60.0
