@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.printing import print_first
+from data_tools.train_val_split import SplitPart
 from i3d_gn.files import print_line
 from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 from i3d_gn.video_io.shared_videos import SharedVideo
@@ -35,7 +36,9 @@ class IndexReport:
         num_listed_by_label: Numbers of listed videos by class id.
         num_indexed_by_label: Numbers of indexed videos by class id.
         skipped: Files of a folder that are not videos, or not in a class folder.
-        shared: Videos that are also in the index used as label map.
+        shared: Videos that are also in the index used as label map, or of the validation part that
+            are also in the training part.
+        parts: The indexes written: one, or those for training and validation.
     """
 
     index: Path
@@ -52,6 +55,7 @@ class IndexReport:
     duration_seconds: float
     skipped: list[str]
     shared: list[SharedVideo]
+    parts: list[SplitPart]
 
     @property
     def path(self) -> Path:
@@ -93,6 +97,10 @@ class IndexReport:
             **{f"num_{verdict}": len(self.rejected_as(verdict)) for verdict in _VERDICTS},
             "num_skipped": len(self.skipped),
             "num_shared_with_label_map": len(self.shared),
+            "parts": [
+                {"name": part.name, "index": str(part.index), "num_indexed": len(part.records)}
+                for part in self.parts
+            ],
             "thinned_classes": [
                 {"class_name": name, "num_listed": listed, "num_indexed": indexed}
                 for name, listed, indexed in self.thinned_classes()
@@ -136,7 +144,8 @@ def print_summary(report: IndexReport) -> None:
         print(f"  skipped files (not videos, or not in a class folder): {len(report.skipped)}")
         print_first(report.skipped)
     if report.shared:
-        print(f"  warning: {len(report.shared)} videos are also in the index used as label map:")
+        other = "used as label map" if len(report.parts) < 2 else "for training"
+        print_line(f"  warning: {len(report.shared)} videos are also in the index {other}:")
         print_first([f"{v.path}: same {v.equal} as {v.other_path}" for v in report.shared])
     thinned = report.thinned_classes()
     if thinned:
@@ -149,12 +158,28 @@ def print_summary(report: IndexReport) -> None:
     if not report.num_indexed:
         print("no usable video, so no index was written")
         return
+    if len(report.parts) == 2:
+        _print_parts(report)
+        return
     print_line(f"index:  {report.index}")
     if not report.shares_class_list and report.class_names:
         print_line(
             f"The class list is from this source. Index the other splits with "
             f"--label-map {report.index}, so that all splits have the same ids."
         )
+
+
+def _print_parts(report: IndexReport) -> None:
+    """Print the indexes for training and validation, and which classes lack one of them."""
+    for part in report.parts:
+        present = {record.label for record in part.records}
+        missing = [name for i, name in enumerate(report.class_names) if i not in present]
+        print_line(f"{part.name + ':':7} {len(part.records)} videos, {part.index}")
+        if missing:
+            print_line(
+                f"  warning: {len(missing)} of {len(report.class_names)} classes have no video:"
+            )
+            print_first(missing)
 
 
 def _hours(seconds: float) -> str:

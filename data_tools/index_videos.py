@@ -18,6 +18,9 @@ Videos named by id are searched in all folders below --videos, as <id>_<start>_<
 
 Every video is opened to read its number of frames, frame rate and size. Videos that are missing,
 duplicated, empty or cannot be opened are not indexed; OUTPUT.report.json lists them with reasons.
+With --split 0.8, four fifths of the videos of every class are for training: NAME_train.parquet and
+NAME_val.parquet are written instead of OUTPUT. A video stays on its side when others are added.
+
 Results are recorded in OUTPUT.ledger.jsonl: run the same command again to resume, or to add videos;
 only new and changed files are opened.
 
@@ -26,12 +29,14 @@ Exit status: 0, or 1 if no video is usable, 2 for a user error or a malformed so
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 
@@ -49,6 +54,7 @@ from data_tools.label_map import read_label_map
 from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.probing import Probed, probe
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
+from data_tools.train_val_split import GroupBy, RandomSplit, SplitPart, split_records
 from data_tools.video_folder import find_listed_videos, video_folder
 from i3d_gn.files import write_json
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
@@ -76,8 +82,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--split",
-        metavar="NAME",
-        help="split to index (train, val, test) of a source that has several",
+        type=_split,
+        metavar="NAME|FRACTION",
+        help="split to index (train, val, test) of a source that has several; or the fraction of "
+        "videos for training, as 0.8, of a source that has none",
+    )
+    parser.add_argument(
+        "--group-by",
+        choices=get_args(GroupBy),
+        help="with --split FRACTION, videos that must stay together, such as cuts of one "
+        "recording: those whose names are equal up to the last `_`, `-` or space, or those in "
+        "folders of one name",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of --split FRACTION, for another split (default: 0)"
     )
     parser.add_argument(
         "--decode",
@@ -85,7 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         help="decode every frame of every video to find broken ones; much slower",
     )
     add_run_options(parser, timeout_seconds=300)
-    report = index_videos(**parse_options(parser, argv))
+    options = parse_options(parser, argv)
+    group_by, seed, split = (options.pop(key) for key in ("group_by", "seed", "split"))
+    fraction = split if isinstance(split, float) else None
+    if fraction is None and (group_by, seed) != (None, None):
+        raise ValueError("--group-by and --seed belong to --split FRACTION; add --split 0.8")
+    report = index_videos(
+        **options,
+        split=None if isinstance(split, float) else split,
+        random_split=RandomSplit(fraction, seed or 0, group_by) if fraction else None,
+    )
     if report is None:
         return 0
     print_summary(report)
@@ -101,11 +128,13 @@ def index_videos(
     split: str | None,
     decode: bool,
     run_options: RunOptions,
+    random_split: RandomSplit | None = None,
 ) -> IndexReport | None:
     """Write the index `output` and its report, and return the report.
 
-    Without usable videos, only the report is written. After a dry run, and while videos are left to
-    other shards, nothing is written and None is returned.
+    With `random_split`, write two indexes instead, see `IndexReport.parts`. Without usable videos,
+    only the report is written. After a dry run, and while videos are left to other shards, nothing
+    is written and None is returned.
 
     Raises:
         ValueError: For a source or label map that cannot be read, or if they do not match.
@@ -142,8 +171,9 @@ def index_videos(
         else:
             records.append(VideoRecord(path=candidate.path, label=candidate.label, **result.facts))
 
-    if records:
-        write_index(output, records, class_names=class_names, root=root)
+    parts = split_records(records, output, random_split)
+    for part in parts:
+        write_index(part.index, part.records, class_names=class_names, root=root)
     report = IndexReport(
         index=output,
         source=source,
@@ -158,7 +188,8 @@ def index_videos(
         num_indexed_by_label=Counter(record.label for record in records),
         duration_seconds=sum(record.duration_seconds for record in records),
         skipped=list(annotations.skipped),
-        shared=_shared_with(label_map, output) if records else [],
+        shared=_shared(parts, label_map),
+        parts=parts,
     )
     write_json(report.path, report.as_json())
     return report
@@ -185,11 +216,26 @@ def _class_list_and_ids(
     return class_names, ids
 
 
-def _shared_with(label_map: Path | None, output: Path) -> list[SharedVideo]:
-    """The videos that the index `output` shares with the index that is its label map."""
-    if label_map is None or label_map.suffix != ".parquet" or label_map.samefile(output):
+def _shared(parts: Sequence[SplitPart], label_map: Path | None) -> list[SharedVideo]:
+    """The videos that the index shares with the one that is its label map, or its two parts."""
+    if len(parts) == 2:
+        train, val = (VideoIndex.load(part.index) for part in parts)
+        return shared_videos(val, train)
+    if not parts or label_map is None or label_map.suffix != ".parquet":
         return []
-    return shared_videos(VideoIndex.load(output), VideoIndex.load(label_map))
+    (part,) = parts
+    if label_map.samefile(part.index):
+        return []
+    return shared_videos(VideoIndex.load(part.index), VideoIndex.load(label_map))
+
+
+def _split(text: str) -> str | float:
+    """The name of a split, or a fraction, which has a decimal point."""
+    if not re.fullmatch(r"\d*\.\d+", text):
+        return text
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 @dataclass(frozen=True)
