@@ -196,7 +196,8 @@ class I3D(nn.Module):
             raise ValueError(f"clips have shape {tuple(clips.shape)}; expected (N, 3, T, H, W)")
         if not clips.is_floating_point():
             raise ValueError(f"clips are {clips.dtype}; convert and normalize them first")
-        self.feature_size(*clips.shape[2:])
+        if not torch.compiler.is_exporting():  # sizes may be symbols
+            self.feature_size(*clips.shape[2:])
         x = self.conv1(clips)
         if self.recompute and isinstance(self.norm1, GroupNorm) and can_recompute(self.norm1, x):
             x, recompute_relu1 = self.norm1.relu_with_recompute(x)

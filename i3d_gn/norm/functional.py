@@ -181,9 +181,14 @@ def _parameters(
                 f"{num_channels} channels"
             )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = x.new_ones(num_channels, dtype=dtype) if weight is None else weight.to(dtype)
-    bias = x.new_zeros(num_channels, dtype=dtype) if bias is None else bias.to(dtype)
+    weight = x.new_ones(num_channels, dtype=dtype) if weight is None else _cast(weight, dtype)
+    bias = x.new_zeros(num_channels, dtype=dtype) if bias is None else _cast(bias, dtype)
     return weight.contiguous(), bias.contiguous()
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch.export records a cast even if it does nothing.
+    return parameter if parameter.dtype == dtype else parameter.to(dtype)
 
 
 def _must_be_native() -> bool:
@@ -206,6 +211,11 @@ def _native_group_norm(
     kernel. The latter also runs on contiguous tensors whose strides are channels_last too, those
     with a single channel or position, but not on tensors of shape (N, C, S).
     """
+    if torch.compiler.is_exporting():
+        # One operator that runtimes know: no casts, and no reshaping of dynamic shapes.
+        y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
     shape, dtype = x.shape, x.dtype
     x = x.view(*shape[:2], -1)
     if x.device.type != "cpu":
