@@ -46,7 +46,7 @@ def run_command(command: Callable[[], int]) -> int:
 def config_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser of CONFIG and `key=value` overrides, for `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(prog=f"i3d-gn {name}", description=description)
-    parser.add_argument("config", type=Path, help=f"YAML file, e.g. {example}")
+    parser.add_argument("config", type=Path, help=f"YAML file or name, e.g. {example}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change config values")
     return parser
 

@@ -18,6 +18,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from i3d_gn.engine.config_files import config_files
+
 ConfigT = TypeVar("ConfigT")
 
 _MACHINE = "machine"
@@ -53,13 +55,18 @@ def load_typed(
 ) -> ConfigT:
     """Read a YAML file as the dataclass `schema`, apply `key=value` overrides, `check` it.
 
+    Args:
+        path: A file, or the name of a config that comes with the package, such as `demo`; a file
+            of that name wins.
+        overrides: `key=value`.
+        schema: Of the config.
+        check: Raises a ConfigError for values that are wrong although their types are right.
+
     Raises:
         ConfigError: The file is missing or not YAML; a key is unknown, missing or has a wrong type;
             or what `check` raises.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file not found: {path}")
+    path = _find(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: over {_MAX_BYTES // 1000} kB, which no config is")
@@ -188,6 +195,18 @@ def _assign_overrides(merged: Any, overrides: Sequence[str], schema: type) -> No
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         for inner_key, value in _flatten(_plain(values)):
             _assign(merged, inner_key, value, where, schema)
+
+
+def _find(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    by_name = config_files()
+    found = by_name.get(path.as_posix().removesuffix(".yaml"))
+    if found is None:
+        names = ", ".join(by_name)
+        raise ConfigError(f"config file not found: {path}; configs known by name are {names}")
+    return found
 
 
 def _checked(
