@@ -112,6 +112,8 @@ class I3D(nn.Module):
         ValueError: an option is not one of its choices.
     """
 
+    stage_names = STAGE_NAMES
+
     def __init__(
         self,
         depths: tuple[int, int, int, int],
@@ -192,6 +194,14 @@ class I3D(nn.Module):
             ValueError: the clips have another shape or dtype, or are too small for the network or
                 the window.
         """
+        return self.head(self.feature_map(clips), window)
+
+    def pooled_features(self, clips: Tensor) -> Tensor:
+        """What the linear classifier sees of clips: (N, C), the mean of the res5 map."""
+        return self.feature_map(clips).mean((2, 3, 4))
+
+    def feature_map(self, clips: Tensor) -> Tensor:
+        """The res5 map (N, C, T', H', W') of clips (N, 3, T, H, W), see `forward`."""
         if clips.dim() != 5 or clips.shape[1] != 3:
             raise ValueError(f"clips have shape {tuple(clips.shape)}; expected (N, 3, T, H, W)")
         if not clips.is_floating_point():
@@ -209,7 +219,7 @@ class I3D(nn.Module):
         x = self.pool2(x)
         for name in STAGE_NAMES[1:]:
             x = self._run_stage(name, x)
-        return self.head(x, window)
+        return x
 
     def feature_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Size (T, H, W) of the res5 map for clips of this size, computed without running it.

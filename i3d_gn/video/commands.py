@@ -7,6 +7,8 @@ from pathlib import Path
 from i3d_gn.engine.command import config_parser, start_logging
 from i3d_gn.files import print_line
 
+_CHECKPOINT_HELP = "checkpoint, output_dir of a run, or weights of a video network"
+
 
 def train(argv: list[str]) -> int:
     """`i3d-gn train`."""
@@ -146,12 +148,62 @@ def compare(argv: list[str]) -> int:
     return 0
 
 
+def features(argv: list[str]) -> int:
+    """`i3d-gn features`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn features",
+        description="Write pooled features of sliding windows, one array (windows, channels) per "
+        "video. Run the same command again to resume.",
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="index (.parquet), folder of videos, video"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
+    network.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="weights of a video network without a classifier, or of images, which are inflated; "
+        "a file or a published name",
+    )
+    parser.add_argument(
+        "--length",
+        type=_extent,
+        metavar="N",
+        help="length of a window in frames (16), or in seconds (0.64s) (default: num_frames times "
+        "stride of the training clips); its frames 0, clip.stride, 2 clip.stride, ... are the clip",
+    )
+    parser.add_argument(
+        "--every",
+        type=_extent,
+        metavar="N",
+        help="from one window to the next, in frames or seconds (default: the length)",
+    )
+    _add_overrides(parser)
+    args = parser.parse_args(argv)
+    start_logging()
+    from i3d_gn.data.windows import Extent
+    from i3d_gn.video.features import features as write_features
+
+    write_features(
+        args.source,
+        args.out,
+        checkpoint=args.checkpoint,
+        weights=args.weights,
+        length=args.length and Extent(*args.length),
+        every=args.every and Extent(*args.every),
+        overrides=args.overrides,
+    )
+    return 0
+
+
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="FILE",
-        help="checkpoint, output_dir of a run, or weights of a video network",
+        help=_CHECKPOINT_HELP,
     )
     _add_overrides(parser)
 
@@ -166,6 +218,20 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         help="change a value of the config that trained the network, such as test.num_clips=30; "
         "may be repeated",
     )
+
+
+def _extent(text: str) -> tuple[float, bool]:
+    """A number of frames, or with `s` of seconds, and whether it is seconds."""
+    in_seconds = text.endswith("s")
+    number = _positive_float(text[:-1]) if in_seconds else float(_positive_int(text))
+    return number, in_seconds
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
 
 
 def _positive_int(text: str) -> int:

@@ -281,20 +281,23 @@ class FrameCollector:
 
         Frames of another size are scaled to this one.
         """
-        orientation = orientation_of(frame)
-        height, width = orientation.upright_size(frame)
+        height, width = orientation_of(frame).upright_size(frame)
         check_size(self._path, (height, width), expected=self._size)
         plan = self._plan or CropPlan(height, width, 0, 0, height, width)
-        if (plan.resize_height, plan.resize_width) == (height, width):
-            stored = (frame.height, frame.width)
-            self._writer = FrameWriter(plan, orientation=orientation, size=stored)
-        else:
-            self._writer = CropWriter(plan, orientation=orientation)
+        self._writer = frame_writer(frame, plan)
         shape = (self._num_rows, plan.height, plan.width, 3)
         if self._out is None:
             self._out = np.empty(shape, dtype=np.uint8)
         elif self._out.shape != shape:
             raise ValueError(f"out has shape {self._out.shape}, the frames need {shape}")
+
+
+def frame_writer(frame: av.VideoFrame, plan: CropPlan) -> CropWriter | FrameWriter:
+    """What writes frames of a video, whose first one this is, as `plan` says."""
+    orientation = orientation_of(frame)
+    if (plan.resize_height, plan.resize_width) == orientation.upright_size(frame):
+        return FrameWriter(plan, orientation=orientation, size=(frame.height, frame.width))
+    return CropWriter(plan, orientation=orientation)
 
 
 def check_size(
