@@ -102,18 +102,30 @@ def predict(argv: list[str]) -> int:
 def report(argv: list[str]) -> int:
     """`i3d-gn report`."""
     parser = argparse.ArgumentParser(
-        prog="i3d-gn report", description="Print a table of runs and plot their curves."
+        prog="i3d-gn report",
+        description="Print a table of runs, plot their curves, and write a page that shows "
+        "curves, classes, confusions and test videos and opens from disk.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write")
+    parser.add_argument("--html", type=Path, default=Path("report.html"), help="page to write")
     args = parser.parse_args(argv)
-    from i3d_gn.video.report import plot, read_run, table
+    from i3d_gn.engine.markdown import markdown_table
+    from i3d_gn.video.report import table
+    from i3d_gn.video.report.figure import plot
+    from i3d_gn.video.report.page import write_page
+    from i3d_gn.video.report.runs import read_runs
+    from i3d_gn.video.tables import check_writable
 
-    runs = [read_run(path) for path in args.runs]
-    print(table(runs))
+    for path in (args.out, args.html):
+        check_writable(path)
+    runs = read_runs(args.runs)
+    print(markdown_table([table.HEADER, *table.rows(runs)]))
     plot(runs, args.out)
+    write_page(runs, args.html)
     print()
     print_line(f"curves: {args.out}")
+    print_line(f"page:   {args.html}")
     return 0
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.video.config import load_config
-from i3d_gn.video.report import find_test
+from i3d_gn.video.report.runs import find_test
 
 RESAMPLES = 10_000
 

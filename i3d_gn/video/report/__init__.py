@@ -1,0 +1,1 @@
+"""Runs side by side: a table, a figure, and a page that opens from disk; no torch."""
