@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/i3d-gn train configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
 	$(BIN)/i3d-gn evaluate configs/demo.yaml clip.stride=0 output_dir=runs/demo_one_frame
 	@echo "== result"
-	$(BIN)/i3d-gn report runs/demo runs/demo_bn runs/demo_one_frame --out runs/demo_curves.png
+	$(BIN)/i3d-gn report runs/demo runs/demo_bn runs/demo_one_frame --out runs/demo_curves.png --html runs/demo_report.html
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ def test_train_evaluate_report(small_run, tmp_path, capsys):
     assert cli.main(["evaluate", str(path)]) == 0
     assert "6 videos, 3 clips each: top-1" in capsys.readouterr().out
     figure = tmp_path / "curves.png"
-    assert cli.main(["report", str(tmp_path / "run"), "--out", str(figure)]) == 0
+    outputs = ["--out", str(figure), "--html", str(tmp_path / "report.html")]
+    assert cli.main(["report", str(tmp_path / "run"), *outputs]) == 0
     output = capsys.readouterr().out
     assert "| run " in output
     assert "(3 clips)" in output
@@ -118,5 +119,6 @@ def test_report_does_not_import_torch(small_run, one_process, tmp_path):
         "assert main(['report', *sys.argv[1:]]) == 0\n"
         "assert 'torch' not in sys.modules\n"
     )
-    arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "curves.png")]
+    outputs = ["--out", str(tmp_path / "curves.png"), "--html", str(tmp_path / "report.html")]
+    arguments = [str(tmp_path / "run"), *outputs]
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)

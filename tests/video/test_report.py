@@ -9,7 +9,7 @@ import pytest
 
 from i3d_gn import cli
 from i3d_gn.engine.typed_config import to_dict, to_yaml
-from i3d_gn.video.config import Config, load_config
+from i3d_gn.video.config import load_config
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.report import table, table8
 from i3d_gn.video.report.charts import Line, line_chart, thin
@@ -26,7 +26,7 @@ from i3d_gn.video.train import train
 from i3d_gn.video_io.decode import decode_frames
 from i3d_gn.video_io.index import VideoIndex
 
-VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use"}
+VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use", "wbr"}
 
 
 class Page(HTMLParser):
@@ -210,7 +210,7 @@ def kinetics_run(name="gn_32x2_8clips", top1=72.0, *, overrides=(), num_videos=8
 
 
 def test_page_of_400_classes_is_small_and_escapes_names(tmp_path):
-    steps = range(20, 400_001, 20)
+    steps = range(400, 400_001, 400)
     log = [
         {"kind": "train", "step": s, "loss": 1.0, "top1": 60.0, "timing": {"memory_gib": 1.0}}
         for s in steps
@@ -256,8 +256,8 @@ def test_chart_is_drawn_in_the_colors_of_the_page():
     assert not re.findall(r"#[0-9a-f]{6}\b", chart.svg)
 
 
-def test_logits_are_shown_as_probabilities(run, tmp_path):
-    _, folder = run
+def test_logits_are_shown_as_probabilities(untrained):
+    folder = untrained
     config = load_config(folder / "config.yaml")
     (test := folder / "test_x").mkdir()
     logits = np.array([[0.0, np.log(3.0)], [1000.0, 0.0]], dtype=np.float32)
@@ -312,7 +312,7 @@ def test_run_without_a_log_says_so(untrained, tmp_path):
         (["gone", "--html", "r.html"], "gone has no config.yaml; pass the output_dir"),
         (["run", "--html", "folder"], "folder cannot be written: it is a folder"),
         (["run", "--html", "file/r.html"], "file/r.html cannot be written"),
-        (["run", "--out", "c.webm"], "c.webm: "),
+        (["run", "--out", "c.webm"], "'webm' is not supported"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(

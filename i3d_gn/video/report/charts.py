@@ -122,9 +122,12 @@ _STYLE = {
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Means over equal numbers of neighboring points, at most `_MAX_POINTS` of them."""
-    groups = np.array_split(np.arange(len(x)), min(len(x), _MAX_POINTS))
-    means = [(np.mean(np.take(x, g)), np.mean(np.take(y, g))) for g in groups]
-    return np.array([m[0] for m in means]), np.array([m[1] for m in means])
+    parts = min(len(x), _MAX_POINTS)
+    means = [
+        np.array([group.mean() for group in np.array_split(np.asarray(values), parts)])
+        for values in (x, y)
+    ]
+    return means[0], means[1]
 
 
 def _draw(axes: Axes, line: Line) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from i3d_gn import __version__
 from i3d_gn.engine.typed_config import config_hash, to_flat_dict, to_yaml
@@ -59,6 +59,7 @@ def write_page(runs: list[Run], path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment.filters["breakable"] = lambda name: escape(name).replace("_", Markup("_<wbr>"))
     template = environment.get_template("report.html.jinja")
     write_text(path, template.render(**page_context(runs)))
 
