@@ -27,7 +27,7 @@ from report import markdown_table
 from torch import nn
 
 from i3d_gn.data.to_device import ToDevice
-from i3d_gn.engine.optim import build_sgd, set_lr
+from i3d_gn.engine.optim import build_optimizer, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_resnet50
 
@@ -97,7 +97,7 @@ def train_step(
     model = make().to(device).train()
     if channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    optimizer = build_sgd(model, Recipe())
+    optimizer = build_optimizer(model, Recipe())
     set_lr(optimizer, 0.01)
     to_device = ToDevice(
         device=torch.device(device), mean=(0.45,) * 3, std=(0.225,) * 3, precision="bf16"

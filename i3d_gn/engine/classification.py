@@ -1,6 +1,7 @@
 """What training classifiers of clips and of images have in common: loss, accuracy, validation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ from i3d_gn.engine.metrics import ClassificationMetrics
 from i3d_gn.engine.task import Task
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the training loss has besides cross-entropy; validation has none of it.
+
+    Attributes:
+        label_smoothing: Share of the target that is spread evenly over all classes (Szegedy et al.,
+            arXiv:1512.00567, section 7).
+        class_weights: (K,), on the device: weights of samples by their class.
+        mix: Mixes the samples of a micro-batch: inputs (N, C, *) and labels (N,) to inputs and
+            targets (N, K).
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
 class ClassificationTask(Task):
     """Training with cross-entropy, measured by top-1 and top-5 accuracy.
 
@@ -24,6 +42,7 @@ class ClassificationTask(Task):
             sample contributes nothing, and the others weigh the same as ever.
     """
 
+    loss_options = LossOptions()
     to_device: ToDevice  # set when weights are loaded: mean and std belong to them
 
     def __init__(self, process: Process, *, micro_batch_size: int) -> None:
@@ -38,7 +57,9 @@ class ClassificationTask(Task):
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy of a micro-batch."""
-        losses, weights = _cross_entropy(network, batch, self.to_device, self.metrics)
+        losses, weights = _cross_entropy(
+            network, batch, self.to_device, self.metrics, self.loss_options
+        )
         return (losses * weights).sum() / self.micro_batch_size
 
     def summary(self, values: dict[str, float]) -> str:
@@ -91,15 +112,27 @@ def validate(
 
 
 def _cross_entropy(
-    network: nn.Module, batch: Batch, to_device: ToDevice, metrics: ClassificationMetrics
+    network: nn.Module,
+    batch: Batch,
+    to_device: ToDevice,
+    metrics: ClassificationMetrics,
+    options: LossOptions = LossOptions(),
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,) and weights (N,) of a batch, which is added to `metrics`."""
     inputs = to_device(batch.inputs)
     labels = batch.labels.to(to_device.device, non_blocking=True)
     weights = batch.weights.to(to_device.device, non_blocking=True)
+    targets = labels
+    if options.mix is not None:
+        inputs, targets = options.mix(inputs, labels)
     with to_device.autocast():
         logits = network(inputs)
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    losses = F.cross_entropy(
+        logits.float(), targets, reduction="none", label_smoothing=options.label_smoothing
+    )
+    if options.class_weights is not None:
+        per_class = options.class_weights
+        losses = losses * (per_class[labels] if targets is labels else targets @ per_class)
     metrics.update(losses, logits, labels, weights, len(batch.broken))
     return losses, weights
 

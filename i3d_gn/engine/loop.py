@@ -36,7 +36,7 @@ from i3d_gn.engine.checkpoint import (
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import RankError, StopVote, names_that_differ
 from i3d_gn.engine.environment import environment, memory_gib
-from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
+from i3d_gn.engine.optim import build_optimizer, learning_rate, load_optimizer_state, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_dir import DirLock, check_same_run, write_run_config
 from i3d_gn.engine.run_log import RunLog
@@ -104,7 +104,7 @@ class TrainingLoop:
         torch.backends.cudnn.benchmark = True  # shapes never change
         self.model = task.build_model()
         self.activations = ActivationPercentiles(self.model, recipe.log_activations)
-        self.optimizer = build_sgd(self.model, recipe)
+        self.optimizer = build_optimizer(self.model, recipe, task.lr_multiplier)
         if saved is None:
             task.load_weights(self.model)
         else:
@@ -258,7 +258,7 @@ class TrainingLoop:
         self.task.load_state(saved)
         load_model_state(self.model, saved["model"], path=path)
         try:
-            load_sgd_state(self.optimizer, saved["optimizer"])
+            load_optimizer_state(self.optimizer, saved["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit ({error})") from error
 

@@ -1,7 +1,8 @@
-"""SGD as in [NL], and the learning rate as a function of the step."""
+"""SGD as in [NL], or AdamW, and the learning rate as a function of the step."""
 
 import bisect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from i3d_gn.norm import GroupNorm
 _NORM_LAYERS = (GroupNorm, _BatchNorm)
 
 
-def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with a separate weight decay for gamma and beta of norm layers.
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, lr_multiplier: Callable[[str], float] = lambda _: 1.0
+) -> torch.optim.Optimizer:
+    """SGD or AdamW with a separate weight decay for gamma and beta of norm layers.
+
+    AdamW (Loshchilov & Hutter, arXiv:1711.05101) has PyTorch's betas of 0.9 and 0.999.
 
     [NL] decays weights by 1e-4 and norm parameters by 0; [GN] section 4.1 decays everything on
     ImageNet and does not say for Kinetics. The learning rate is set at every step by `set_lr`.
@@ -23,40 +28,55 @@ def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     Uses torch's fused kernel, which reads and writes everything once, except with loss scaling
     (fp16): there it has already changed the momentum of a step that `GradScaler` then skips
     (torch 2.11 to 2.14).
+
+    Args:
+        model: Its parameters that require a gradient are optimized.
+        recipe: Optimizer, momentum, weight decay.
+        lr_multiplier: Factor of the learning rate of a parameter, by its name.
     """
-    norm_parameters = [
-        parameter
+    norm_ids = {
+        id(parameter)
         for module in model.modules()
         if isinstance(module, _NORM_LAYERS)
         for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
+    }
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (lr_multiplier(name), id(parameter) in norm_ids)
+            groups.setdefault(key, []).append(parameter)
+    decay = {False: recipe.weight_decay, True: recipe.norm_weight_decay}
+    param_groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": decay[is_norm],
+            **({"lr_multiplier": multiplier} if multiplier != 1 else {}),
+        }
+        for (multiplier, is_norm), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    norm_ids = {id(parameter) for parameter in norm_parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in norm_ids]
-    groups = [
-        {"params": others, "weight_decay": recipe.weight_decay},
-        {"params": norm_parameters, "weight_decay": recipe.norm_weight_decay},
-    ]
+    fused = recipe.precision != "fp16"
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(param_groups, lr=0.0, fused=fused)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=recipe.precision != "fp16",
+        param_groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )
 
 
-def load_sgd_state(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load `state`, which a run with another memory format or precision may have saved."""
     fused = [group["fused"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, value in zip(optimizer.param_groups, fused, strict=True):
         group["fused"] = value
-    # The fused CPU kernel reads memory in storage order and ignores strides.
+    # The fused CPU kernels read memory in storage order and ignore strides.
     for parameter, values in optimizer.state.items():
-        momentum = values.get("momentum_buffer")
-        if momentum is not None and momentum.stride() != parameter.stride():
-            values["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(momentum)
+        for key, value in values.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
+                values[key] = torch.empty_like(parameter.detach()).copy_(value)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -75,6 +95,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times its multiplier if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)

@@ -12,8 +12,12 @@ from i3d_gn.engine.distributed import all_reduce_sum
 
 
 def get_bn_modules(model: nn.Module) -> list[_BatchNorm]:
-    """The layers whose running statistics training updates."""
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    """The layers whose running statistics training updates: those of frozen stages stay."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm) and (layer.weight is None or layer.weight.requires_grad)
+    ]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from i3d_gn.engine.typed_config import ConfigError, check_numbers, machine_key
+from i3d_gn.engine.typed_config import ConfigError, added_key, check_numbers, machine_key
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Recipe:
     schedule: Literal["step", "cosine"] = "step"  # of lr: drops at milestones, or decay to 0
     milestones: tuple[int, ...] = ()  # steps after which lr is multiplied by 0.1
     warmup_steps: int = 0  # lr rises linearly over so many steps
+    optimizer: Literal["sgd", "adamw"] = added_key("sgd")  # AdamW: try lr 1e-4, weight_decay 0.05
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # Nesterov momentum
     weight_decay: float = 1e-4  # of all parameters but gamma and beta

@@ -48,6 +48,10 @@ class Task(abc.ABC):
     def build_model(self) -> nn.Module:
         """Build the network, randomly initialized, on its device."""
 
+    def lr_multiplier(self, parameter: str) -> float:
+        """Factor of the learning rate of a parameter, by its name."""
+        return 1.0
+
     @abc.abstractmethod
     def data(self) -> dict[str, str]:
         """What identifies each data set; a run resumes only with the same."""

@@ -142,6 +142,7 @@ class I3D(nn.Module):
         self.zero_init_last_norm = zero_init_last_norm
         self.checkpoint_stages = frozenset(checkpoint_stages)
         self.recompute = recompute
+        self.num_frozen = 0
         self.conv1 = conv3d(3, width, (5 if inflate else 1, 7, 7), (conv1_stride, 2, 2))
         self.norm1 = norm_factory(width)
         if checkpoint_stages and isinstance(self.norm1, BatchRenorm):
@@ -208,13 +209,11 @@ class I3D(nn.Module):
             raise ValueError(f"clips are {clips.dtype}; convert and normalize them first")
         if not torch.compiler.is_exporting():  # sizes may be symbols
             self.feature_size(*clips.shape[2:])
-        x = self.conv1(clips)
-        if self.recompute and isinstance(self.norm1, GroupNorm) and can_recompute(self.norm1, x):
-            x, recompute_relu1 = self.norm1.relu_with_recompute(x)
-            with saved_as(x, recompute_relu1):
-                x = self.pool1(x)
+        if self.num_frozen:
+            with torch.no_grad():
+                x = self._run_stem(clips)
         else:
-            x = self.pool1(norm_relu(self.norm1, x))
+            x = self._run_stem(clips)
         x = self._run_stage("res2", x)
         x = self.pool2(x)
         for name in STAGE_NAMES[1:]:
@@ -243,6 +242,28 @@ class I3D(nn.Module):
             )
         return size
 
+    def freeze(self, num_stages: int) -> None:
+        """Keep the first stages as they are: conv1 (with norm1), res2, ...
+
+        Their parameters get no gradient, and batch norm in them uses its running statistics also
+        in training.
+        """
+        self.num_frozen = num_stages
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> I3D:
+        """Set training or evaluation mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        names = ("norm1", "conv1", *STAGE_NAMES)
+        return [getattr(self, name) for name in names[: self.num_frozen and self.num_frozen + 1]]
+
     def reset_norms(self) -> None:
         """Reset normalization layers to their initial values; last gammas as configured."""
         for name, module in self.named_modules():
@@ -265,8 +286,19 @@ class I3D(nn.Module):
         nn.init.zeros_(self.head.linear.bias)
         self.reset_norms()
 
+    def _run_stem(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if self.recompute and isinstance(self.norm1, GroupNorm) and can_recompute(self.norm1, x):
+            x, recompute_relu1 = self.norm1.relu_with_recompute(x)
+            with saved_as(x, recompute_relu1):
+                return self.pool1(x)
+        return self.pool1(norm_relu(self.norm1, x))
+
     def _run_stage(self, name: str, x: Tensor) -> Tensor:
         stage = self.get_submodule(name)
+        if STAGE_NAMES.index(name) + 1 < self.num_frozen:
+            with torch.no_grad():
+                return stage(x)
         if name not in self.checkpoint_stages or not torch.is_grad_enabled():
             return stage(x)
         # Stages draw no random numbers, so generator states need not be saved.

@@ -69,6 +69,7 @@ def build_model(config: Config, device: torch.device) -> I3D:
             f"test.short_side {side} is too small for a network trained on crops of "
             f"clip.crop_size {clip.crop_size}; use at least {clip.crop_size}"
         )
+    built.freeze(config.train.lr_multipliers.count(0))
     built.to(device)
     if uses_channels_last(config, device):
         built.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -192,6 +193,17 @@ def warn_of_shared_videos(train_index: VideoIndex, val_index: VideoIndex) -> Non
             "%d videos are for training and for validation, which makes accuracy look too good: "
             "%s ...", len(shared), ", ".join(shared[:3]),
         )  # fmt: skip
+
+
+def class_weights(index: VideoIndex) -> torch.Tensor:
+    """Weights (K,) that give all classes the same share of the loss: N / (K n) for n of N videos.
+
+    Their mean over the videos is 1 if no class is without; "balanced" in scikit-learn, after King &
+    Zeng, Logistic Regression in Rare Events Data, 2001.
+    """
+    counts = np.bincount(index.labels, minlength=len(index.class_names))
+    weights = len(index) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(weights).float()
 
 
 def describe_index(index: VideoIndex) -> str:

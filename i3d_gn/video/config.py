@@ -21,6 +21,9 @@ from i3d_gn.engine.typed_config import (
     machine_key,
 )
 
+# What `train.lr_multipliers` are for, in this order.
+LR_STAGES = ("conv1", "res2", "res3", "res4", "res5", "head")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -82,6 +85,10 @@ class TrainConfig(Recipe):
 
     epochs: float | None = added_key(None)  # instead of steps: passes over the training videos
     validate_every_epochs: float | None = added_key(None)  # instead of validate_every
+    label_smoothing: float = added_key(0.0)  # share of the target spread over all classes
+    class_weights: Literal["equal", "balanced"] = added_key("equal")  # balanced: rare ones more
+    # factors of lr in conv1, res2, res3, res4, res5, head, e.g. [0, 0, 0.1, 0.1, 1, 1]; 0: frozen
+    lr_multipliers: tuple[float, ...] = added_key(())
     clips_per_gpu: int = 8  # the batch of BN's statistics, on any number of GPUs
     channels_last: bool | None = None  # None: what was measured to be faster
     validate_multi_clip: bool = False  # also run the multi-clip test at each validation
@@ -217,13 +224,20 @@ def _check_values(config: Config, path: Path) -> None:
             "clip.stride",
             "train.steps",
             "train.warmup_steps",
+            "train.lr_multipliers",
             "data.max_broken_clips",
             "data.num_workers",
             "data.mean",
         ),
-        up_to_1=("model.dropout", "clip.flip_probability", "data.max_broken_share"),
+        up_to_1=(
+            "model.dropout",
+            "train.label_smoothing",
+            "clip.flip_probability",
+            "data.max_broken_share",
+        ),
     )
     check_optimizer_values(config.train, f"{path}: train.")
+    _check_lr_multipliers(config.train.lr_multipliers, f"{path}: train.lr_multipliers")
     if (config.train.steps == 0) == (config.train.epochs is None):
         both = ", not both" if config.train.steps else ""
         raise ConfigError(f"{path}: set train.steps or train.epochs{both}")
@@ -251,4 +265,19 @@ def _check_values(config: Config, path: Path) -> None:
     if config.train.schedule == "cosine" and config.train.milestones:
         raise ConfigError(
             f"{path}: train.milestones have no effect with train.schedule=cosine; remove them"
+        )
+
+
+def _check_lr_multipliers(multipliers: tuple[float, ...], where: str) -> None:
+    if not multipliers:
+        return
+    if len(multipliers) != len(LR_STAGES):
+        raise ConfigError(
+            f"{where} {list(multipliers)}: expected {len(LR_STAGES)} numbers, for "
+            f"{', '.join(LR_STAGES)}"
+        )
+    if not multipliers[-1] or 0 in multipliers[multipliers.count(0) :]:
+        raise ConfigError(
+            f"{where} {list(multipliers)}: only the first stages can be frozen (0), not one behind "
+            "a stage that is trained, nor all of them"
         )

@@ -15,7 +15,12 @@ from torch import nn
 from i3d_gn.data.batches import Batch, Stream
 from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import EachItemOnce, ShuffledMicroBatches
-from i3d_gn.engine.classification import ClassificationTask, saved_normalization, validate
+from i3d_gn.engine.classification import (
+    ClassificationTask,
+    LossOptions,
+    saved_normalization,
+    validate,
+)
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, barrier
 from i3d_gn.engine.loop import TrainingLoop
@@ -23,7 +28,7 @@ from i3d_gn.engine.precise_bn import get_bn_modules, update_bn_stats
 from i3d_gn.engine.run_log import RunLog
 from i3d_gn.models import I3D
 from i3d_gn.video import build
-from i3d_gn.video.config import Config
+from i3d_gn.video.config import LR_STAGES, Config
 from i3d_gn.video.evaluate import evaluate_model
 from i3d_gn.video_io.strips import Strip, frame_strip
 
@@ -72,11 +77,29 @@ class VideoTraining(ClassificationTask):
         self.config = config.completed(
             num_classes=len(self.train_index.class_names), num_videos=len(self.train_index)
         )
+        recipe = self.config.train
+        self.loss_options = LossOptions(
+            label_smoothing=recipe.label_smoothing,
+            class_weights=(
+                build.class_weights(self.train_index).to(process.device)
+                if recipe.class_weights == "balanced"
+                else None
+            ),
+        )
         build.warn_of_shared_videos(self.train_index, self.val_index)
 
     def build_model(self) -> I3D:
         """The network of the config."""
         return build.build_model(self.config, self.process.device)
+
+    def lr_multiplier(self, parameter: str) -> float:
+        """The config's, for the stage of the parameter.
+
+        Rates that differ by layer are those of Howard & Ruder, arXiv:1801.06146.
+        """
+        stage = parameter.partition(".")[0].replace("norm1", "conv1")
+        multipliers = self.config.train.lr_multipliers
+        return multipliers[LR_STAGES.index(stage)] if multipliers else 1.0
 
     def data(self) -> dict[str, str]:
         """The rows and classes of both indexes."""

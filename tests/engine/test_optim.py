@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from i3d_gn.engine.optim import build_sgd, learning_rate, load_sgd_state, set_lr
+from i3d_gn.engine.optim import build_optimizer, learning_rate, load_optimizer_state, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import make_norm
@@ -44,7 +44,7 @@ def test_cosine_schedule_decays_from_peak_to_zero():
 def test_weight_decay_excludes_norm_parameters(norm):
     model = nn.Sequential(nn.Conv3d(3, 32, 1), make_norm(norm, 32), nn.Linear(32, 5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_sgd(model, Recipe(momentum=0.0, nesterov=False, weight_decay=0.5))
+    optimizer = build_optimizer(model, Recipe(momentum=0.0, nesterov=False, weight_decay=0.5))
     set_lr(optimizer, 1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -55,7 +55,7 @@ def test_weight_decay_excludes_norm_parameters(norm):
 
 
 def test_model_without_norm_layers_has_one_parameter_group():
-    optimizer = build_sgd(nn.Linear(2, 2), Recipe())
+    optimizer = build_optimizer(nn.Linear(2, 2), Recipe())
     assert len(optimizer.param_groups) == 1
 
 
@@ -65,7 +65,7 @@ def stepped(*, fused, channels_last, precision="fp32", steps=3):
     model = i3d_tiny("gn", num_classes=5)
     if channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    optimizer = build_sgd(model, Recipe())
+    optimizer = build_optimizer(model, Recipe())
     for group in optimizer.param_groups:
         group["fused"] = fused
     set_lr(optimizer, 0.05)
@@ -98,7 +98,7 @@ def test_sgd_state_loads_across_memory_formats(channels_last):
 
     other, other_optimizer = stepped(fused=True, channels_last=not channels_last, steps=0)
     other.load_state_dict(model.state_dict())
-    load_sgd_state(other_optimizer, copy.deepcopy(optimizer.state_dict()))
+    load_optimizer_state(other_optimizer, copy.deepcopy(optimizer.state_dict()))
     for network, sgd in ((model, optimizer), (other, other_optimizer)):
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
@@ -109,17 +109,17 @@ def test_sgd_state_loads_across_memory_formats(channels_last):
 
 def test_loaded_state_does_not_choose_the_kernel():
     """The fused one must not run under loss scaling, whatever the run that saved used."""
-    saved = build_sgd(nn.Linear(2, 2), Recipe(precision="fp32")).state_dict()
-    optimizer = build_sgd(nn.Linear(2, 2), Recipe(precision="fp16"))
+    saved = build_optimizer(nn.Linear(2, 2), Recipe(precision="fp32")).state_dict()
+    optimizer = build_optimizer(nn.Linear(2, 2), Recipe(precision="fp16"))
     assert saved["param_groups"][0]["fused"]
-    load_sgd_state(optimizer, saved)
+    load_optimizer_state(optimizer, saved)
     assert not optimizer.param_groups[0]["fused"]
 
 
 def test_skipped_fp16_step_leaves_momentum_unchanged():
     parameter = nn.Parameter(torch.ones(3))
     model = nn.ParameterList([parameter])
-    optimizer = build_sgd(model, Recipe(weight_decay=0.1, precision="fp16"))
+    optimizer = build_optimizer(model, Recipe(weight_decay=0.1, precision="fp16"))
     set_lr(optimizer, 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(parameter.sum() * float("inf")).backward()
@@ -131,3 +131,57 @@ def test_skipped_fp16_step_leaves_momentum_unchanged():
     scaler.scale(parameter.sum()).backward()
     scaler.step(optimizer)
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 1 - 0.1 * 1.9 * 1.1))
+
+
+def test_adamw_is_that_of_the_paper():
+    """Loshchilov & Hutter, arXiv:1711.05101, algorithm 2, in float64."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False).double()
+    recipe = Recipe(optimizer="adamw", weight_decay=0.1)
+    optimizer = build_optimizer(model, recipe)
+    weight = model.weight.detach().clone()
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, lr in enumerate((0.1, 0.05, 0.02), 1):
+        gradient = torch.randn_like(weight)
+        model.weight.grad = gradient.clone()
+        set_lr(optimizer, lr)
+        optimizer.step()
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        update = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        weight -= lr * (update + 0.1 * weight)
+        torch.testing.assert_close(model.weight.detach(), weight)
+
+
+def test_loaded_adamw_state_has_the_strides_of_its_parameters():
+    model = nn.Conv3d(4, 4, 3)
+    recipe = Recipe(optimizer="adamw")
+    optimizer = build_optimizer(model, recipe)
+    model(torch.rand(1, 4, 4, 4, 4)).sum().backward()
+    optimizer.step()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last_3d)
+    resumed = build_optimizer(other, recipe)
+    load_optimizer_state(resumed, optimizer.state_dict())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[a].items():
+            loaded = resumed.state[b][key]
+            assert torch.equal(loaded, value)
+            assert loaded.dim() == 0 or loaded.stride() == b.stride()
+
+
+def test_multipliers_scale_the_learning_rate_of_a_parameter():
+    model = nn.Sequential(nn.Linear(2, 2), make_norm("gn", 32), nn.Linear(2, 2))
+    multipliers = {"0": 0.1, "1": 0.1, "2": 1.0}
+    optimizer = build_optimizer(model, Recipe(), lambda name: multipliers[name[0]])
+    set_lr(optimizer, 0.5)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.5 * multipliers[name[0]])
+    plain = build_optimizer(model, Recipe())
+    assert all("lr_multiplier" not in group for group in plain.param_groups)
+
+
+def test_frozen_parameters_are_not_optimized():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    (group,) = build_optimizer(model, Recipe()).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]

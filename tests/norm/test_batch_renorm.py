@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from i3d_gn.engine.optim import build_sgd
+from i3d_gn.engine.optim import build_optimizer
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import BatchRenorm, make_norm
@@ -103,7 +103,7 @@ def test_split_statistics():
 
 def test_weight_decay_of_gamma_and_beta():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), BatchRenorm(4))
-    groups = build_sgd(model, Recipe(weight_decay=1e-4, norm_weight_decay=0.0)).param_groups
+    groups = build_optimizer(model, Recipe(weight_decay=1e-4, norm_weight_decay=0.0)).param_groups
     assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(1e-4, 1), (0.0, 2)]
 
 

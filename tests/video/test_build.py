@@ -173,6 +173,22 @@ KEYS = {
     ),
     "train.clips_per_gpu": (["train.clips_per_gpu=1"], micro_batches, [1] * 24),
     "train.steps": (["train.steps=3"], micro_batches, [2] * 6),
+    "train.optimizer": (
+        ["train.optimizer=adamw"], lambda b: isinstance(b.loop.optimizer, torch.optim.AdamW), True
+    ),
+    "train.label_smoothing": (
+        ["train.label_smoothing=0.1"], lambda b: b.task.loss_options.label_smoothing, 0.1
+    ),
+    "train.class_weights": (
+        ["train.class_weights=balanced"],
+        lambda b: (w := b.task.loss_options.class_weights) is not None and w.tolist(), [1.0] * 6,
+    ),
+    "train.lr_multipliers": (
+        ["train.lr_multipliers=[0,0,1,1,1,10]"],
+        lambda b: (b.loop.model.num_frozen, [g.get("lr_multiplier") for g in
+                                             b.loop.optimizer.param_groups]),
+        (2, [None, None, 10.0]),
+    ),
     "train.momentum": (["train.momentum=0.8"], lambda b: sgd(b, 0)["momentum"], 0.8),
     "train.nesterov": (["train.nesterov=false"], lambda b: sgd(b, 0)["nesterov"], False),
     "train.weight_decay": (["train.weight_decay=0.5"], lambda b: sgd(b, 0)["weight_decay"], 0.5),

@@ -281,6 +281,13 @@ def test_global_batch_not_a_multiple_of_clips_per_gpu_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "train.lr_multipliers=[0,1]",
+            r"lr_multipliers \[0.0, 1.0\]: expected 6 numbers",
+        ),
+        ("train.lr_multipliers=[1,0,1,1,1,1]", "only the first stages can be frozen"),
+        ("train.lr_multipliers=[0,0,0,0,0,0]", "nor all of them"),
+        ("train.label_smoothing=2", r"train.label_smoothing is 2.0; it must lie in \[0, 1\]"),
         ("train.lr", "expected key=value"),
         ("train.lrr=1", "did you mean 'train.lr'"),
         ("train.lr=fast", "override 'train.lr=fast': train.lr: .*Float"),
