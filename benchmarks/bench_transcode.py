@@ -36,12 +36,12 @@ import numpy as np
 from report import cpu_name, markdown_table
 
 from data_tools.full_decode_check import check_video
-from data_tools.h264 import X264Options
 from data_tools.transcode import transcode
 from i3d_gn.data.clips import clip_indices, random_start
 from i3d_gn.data.transforms import random_crop_plan
 from i3d_gn.files import file_sha256
 from i3d_gn.video_io.decode import decode_frames, probe_video
+from i3d_gn.video_io.h264 import X264Options
 
 TRAINING_OPTIONS = X264Options(crf=23, gop=32, preset="medium", tune="fastdecode")
 X264_DEFAULTS = X264Options(crf=23, gop=250, preset="medium", tune=None)

@@ -29,9 +29,9 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import has_size
-from data_tools.h264 import X264Options, write_h264
 from data_tools.step import Item, RunOptions, run_step
 from i3d_gn.files import atomic_output, print_line, remove_unfinished
+from i3d_gn.video_io.h264 import X264Options, write_h264
 
 # Camera motion per unit of speed: (right, down) in pixels, clockwise roll in radians. At 40 pixels
 # from the center, half way to the corner, a roll moves the image as far as the other motions.

@@ -32,7 +32,6 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint, has_size
-from data_tools.h264 import X264Options
 from data_tools.ledger import Ledger
 from data_tools.printing import print_first
 from data_tools.probing import decode_error_reason
@@ -42,6 +41,7 @@ from data_tools.transcode import transcode
 from i3d_gn.files import file_sha256, print_line, remove_unfinished, write_json
 from i3d_gn.video_io.decode import VideoDecodeError
 from i3d_gn.video_io.find_videos import find_files
+from i3d_gn.video_io.h264 import X264Options
 
 PRESETS = (
     *("ultrafast", "superfast", "veryfast", "faster", "fast"),

@@ -16,10 +16,10 @@ from pathlib import Path
 import av
 from av.filter import Graph
 
-from data_tools.h264 import X264Options, write_h264
 from i3d_gn.files import atomic_output
 from i3d_gn.video_io.decode import VideoDecodeError, probe_video
 from i3d_gn.video_io.decode_pyav import open_video, sequential_frames
+from i3d_gn.video_io.h264 import X264Options, write_h264
 from i3d_gn.video_io.pixels import Orientation, orientation_of
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("i3d_gn.video.commands:evaluate", "test it with 10 clips per video"),
     "predict": ("i3d_gn.video.commands:predict", "predict the classes of any video"),
     "features": ("i3d_gn.video.commands:features", "write features of windows of videos"),
+    "explain": ("i3d_gn.video.commands:explain", "show where the network looks"),
     "grid": ("i3d_gn.engine.grid:main", "run every combination of a grid of overrides"),
     "compare": ("i3d_gn.video.commands:compare", "compare tests of runs video by video"),
     "report": ("i3d_gn.video.commands:report", "tabulate and plot runs"),

@@ -210,6 +210,41 @@ def features(argv: list[str]) -> int:
     return 0
 
 
+def explain(argv: list[str]) -> int:
+    """`i3d-gn explain`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn explain",
+        description="Show where and when a network sees a class in a video (Grad-CAM).",
+    )
+    parser.add_argument("video", metavar="VIDEO", help="video or URL")
+    _add_network_options(parser)
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="class (default: the predicted one)"
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="module of the network, such as res4 (default: the last)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("explain.png"), metavar="FILE",
+        help="picture to write (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--render", type=Path, metavar="FILE", help="also write a video, .mp4")
+    args = parser.parse_args(argv)
+    start_logging()
+    from i3d_gn.video.explain import explain as explain_video
+
+    explain_video(
+        args.video,
+        args.checkpoint,
+        class_name=args.class_name,
+        stage=args.stage,
+        out=args.out,
+        render=args.render,
+        overrides=args.overrides,
+    )
+    return 0
+
+
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
