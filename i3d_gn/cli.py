@@ -26,6 +26,7 @@ COMMANDS = {
     "grid": ("i3d_gn.engine.grid:main", "run every combination of a grid of overrides"),
     "compare": ("i3d_gn.video.commands:compare", "compare tests of runs video by video"),
     "report": ("i3d_gn.video.commands:report", "tabulate and plot runs"),
+    "export-model": ("i3d_gn.video.commands:export_model", "export it to ONNX or torch.export"),
     "info": ("i3d_gn.video.commands:info", "print layers, multiply-adds, memory of a network"),
     "train-imagenet": ("i3d_gn.imagenet.commands:train", "train an image network"),
     "table": ("i3d_gn.imagenet.commands:table", "print the paper's ImageNet tables beside runs"),

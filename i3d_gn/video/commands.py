@@ -13,7 +13,7 @@ _CHECKPOINT_HELP = "checkpoint, output_dir of a run, or weights of a video netwo
 def train(argv: list[str]) -> int:
     """`i3d-gn train`."""
     parser = config_parser(
-        "train", "Train a video network from one YAML file.", "configs/demo.yaml"
+        "train", "Train a video network from one YAML file.", "configs/demo.yaml or demo"
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config and exit"
@@ -56,12 +56,38 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def export_model(argv: list[str]) -> int:
+    """`i3d-gn export-model`."""
+    parser = argparse.ArgumentParser(
+        prog="i3d-gn export-model",
+        description="Export a trained network to ONNX (*.onnx) or torch.export (*.pt2), and "
+        "compare its scores with the original's before the file is kept.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, output_dir of a run, or weights")
+    parser.add_argument("out", type=Path, help="file to write, *.onnx or *.pt2")
+    parser.add_argument(
+        "--input", choices=("uint8", "float"), default="uint8",
+        help="pixels (N, T, H, W, 3), or normalized float32 clips (N, 3, T, H, W) "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--videos", nargs="+", default=(), metavar="VIDEO",
+        help="compare on these (default: videos of the checkpoint's validation index, or noise)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    start_logging()
+    from i3d_gn.video.export import export_model as export_network
+
+    export_network(args.checkpoint, args.out, input=args.input, videos=args.videos)
+    return 0
+
+
 def info(argv: list[str]) -> int:
     """`i3d-gn info`."""
     parser = config_parser(
         "info",
         "Print a network's layers, parameters, multiply-adds, and the memory that training takes.",
-        "configs/demo.yaml, or a checkpoint",
+        "demo, or a checkpoint",
     )
     args = parser.parse_intermixed_args(argv)
     from i3d_gn.video.info import config_of, describe
