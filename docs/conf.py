@@ -1,0 +1,30 @@
+"""Sphinx: `make docs` writes the site to docs/_build/html; warnings are errors."""
+
+import re
+
+from i3d_gn import __version__
+
+project = "i3d_gn"
+author = "the authors of i3d_gn"
+release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"i3d_gn {release}"
+exclude_patterns = ["_build"]
+default_role = "literal"  # docstrings have single backticks
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+myst_heading_anchors = 3
+
+
+def escape_shapes(app, what, name, obj, options, lines):
+    """`(N, C, *)` in a docstring is a shape, not the start of emphasis."""
+    lines[:] = [re.sub(r"(?<![\w`*])([*|])(?![\w*])", r"\\\1", line) for line in lines]
+
+
+def setup(app):
+    """Register `escape_shapes` before napoleon."""
+    app.connect("autodoc-process-docstring", escape_shapes, priority=400)
