@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from i3d_gn.files import lock_file, write_text
 
 class DirLock:
     """Exclusive use of a directory, until `close` or the end of the process.
+
+    Child processes, which may outlive a killed process for a while, do not hold the lock.
 
     Raises:
         ConfigError: Another process is using it (the message says which, and since when), or it
@@ -44,6 +47,7 @@ class DirLock:
         os.truncate(self._descriptor, 0)
         holder = f"process {os.getpid()} on {socket.gethostname()} since {started}"
         os.write(self._descriptor, holder.encode())
+        _held.add(self)
 
     def close(self) -> None:
         """Let others use the directory."""
@@ -53,6 +57,17 @@ class DirLock:
 
     def __del__(self) -> None:
         self.close()
+
+
+_held: weakref.WeakSet[DirLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) -> None:
