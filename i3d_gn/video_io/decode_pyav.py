@@ -171,11 +171,18 @@ def _packets(
     Raises:
         VideoDecodeError: They are encrypted.
     """
-    for packet in container.demux(stream):
-        if has_side_data(packet, "encryption_info"):
-            raise VideoDecodeError(path, "the video is encrypted")
-        if packet.size or flush:
-            yield packet
+    while True:
+        try:
+            for packet in container.demux(stream):
+                if has_side_data(packet, "encryption_info"):
+                    raise VideoDecodeError(path, "the video is encrypted")
+                if packet.size or flush:
+                    yield packet
+            return
+        except IndexError:
+            # PyAV has read the first packet of a stream that begins in the middle of the file, and
+            # does not know it: its list of streams is from the beginning. The next packet follows.
+            continue
 
 
 def decode_frames_pyav(

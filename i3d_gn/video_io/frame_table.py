@@ -33,6 +33,9 @@ from i3d_gn.video_io.bitstream import inspector_of
 _TRUSTED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _TRUSTED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
 
+# Frames in the decoded picture buffer of H.264 (A.3.1) and HEVC (A.4.2).
+_MAX_WAITING = 16
+
 
 @dataclass(frozen=True)
 class FrameTable:
@@ -156,6 +159,8 @@ class FrameTableBuilder:
                 latest_before = np.maximum.accumulate(pts[shown])[:-1]
                 if np.any(keys[shown][1:] & (pts[shown][1:] < latest_before)):
                     reason = "timestamps go back at a keyframe"
+                elif _goes_back(pts[shown], packet_frame[shown], keys[shown]):
+                    reason = "a timestamp goes back further than in any valid stream"
         return FrameTable(
             packet_pts=pts,
             packet_frame=packet_frame,
@@ -166,6 +171,19 @@ class FrameTableBuilder:
             is_unreferenced=is_unreferenced,
             fallback_reason=reason,
         )
+
+
+def _goes_back(pts: np.ndarray, frame: np.ndarray, is_key: np.ndarray) -> bool:
+    """Whether a packet is shown earlier than a valid stream allows, given its place in the file.
+
+    Frames wait in the decoded picture buffer for those shown before them. After a keyframe, only
+    leading pictures are shown before it, and none before the keyframe that precedes it.
+    """
+    position = np.arange(len(pts))
+    keys = np.flatnonzero(is_key)
+    previous = np.searchsorted(keys, position, side="right") - 2
+    before_previous = (previous >= 0) & (pts < pts[keys[np.maximum(previous, 0)]])
+    return bool(np.any(before_previous | (position - frame > _MAX_WAITING)))
 
 
 def has_side_data(packet: av.Packet, *kinds: PktSideDataT) -> bool:
