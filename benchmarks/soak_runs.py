@@ -1,0 +1,223 @@
+"""Runs of `soak_training.py`: commands in forked processes, and the comparison of their outputs.
+
+Imports take longer than such a run, so commands are forked from this process, which has made them.
+It must have no other threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from i3d_gn import cli
+from i3d_gn.engine.checkpoint import list_checkpoints, load_checkpoint
+from i3d_gn.engine.run_log import read_log
+
+# What commands import when they run.
+for _name in (
+    "i3d_gn.video.train",
+    "i3d_gn.video.evaluate",
+    "torch.utils.tensorboard",
+    "PIL.Image",
+):
+    importlib.import_module(_name)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Command:
+    """A command of `i3d-gn` that runs in a child process, or in one per rank."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        ranks: int = 1,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.log = log
+        log.unlink(missing_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.statuses: dict[int, int] = {}
+        self.pids = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if not pid:
+                self._child(arguments, rank, ranks, port, before)
+            self.pids.append(pid)
+
+    def _child(
+        self, arguments: list[str], rank: int, ranks: int, port: int, before: Callable[[], None]
+    ) -> None:
+        status = 70
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            if ranks > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                    LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                )  # fmt: skip
+            before()
+            status = cli.main(arguments)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+
+    def wait(self, seconds: float) -> int | None:
+        """The largest status, negative for a signal alone; None if not all have ended in time."""
+        deadline = time.monotonic() + seconds
+        while not self._all_ended():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.005)
+        return max(self.statuses.values(), key=abs)
+
+    def wait_for(self, rank: int, seconds: float) -> int | None:
+        """The status of one rank, None if it has not ended in time."""
+        deadline = time.monotonic() + seconds
+        while self.pids[rank] not in self.statuses:
+            self._all_ended()
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.005)
+        return self.statuses[self.pids[rank]]
+
+    def _all_ended(self) -> bool:
+        for pid in self.pids:
+            if pid not in self.statuses:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.statuses[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.statuses) == len(self.pids)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal those that have not ended."""
+        self._all_ended()
+        for pid in self.pids:
+            if pid not in self.statuses:
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End all, also stopped ones."""
+        for pid in [p for parent in self.pids for p in children(parent)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
+        self.wait(60)
+
+    def output(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class Run:
+    """A run in `folder`, with its config beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder / "run"
+        self.checkpoints = self.output / "checkpoints"
+        self.seconds = 0.0
+
+    def train(self, **options: Any) -> Command:
+        """Start or resume training."""
+        config = str(self.folder / "config.yaml")
+        return Command(["train", config], self.folder / "train.log", **options)
+
+    def evaluate(self, **options: Any) -> Command:
+        """Start or resume the test."""
+        config = str(self.folder / "config.yaml")
+        return Command(["evaluate", config], self.folder / "test.log", **options)
+
+    def results(self) -> dict[str, Any]:
+        """The results of the test."""
+        (path,) = self.output.glob("test_*/results.json")
+        return json.loads(path.read_text())
+
+    def scores(self) -> dict[str, list[float]]:
+        """The scores of each video."""
+        (path,) = self.output.glob("test_*/scores.parquet")
+        rows = pq.read_table(path, use_threads=False).to_pylist()
+        return {row["path"]: row["scores"] for row in rows}
+
+
+def same_run(run: Run, reference: Run) -> str:
+    """In what the outputs of two finished runs differ; empty if in nothing."""
+    names = [[p.name for p in list_checkpoints(r.checkpoints)] for r in (run, reference)]
+    if names[0][-1:] != names[1][-1:]:
+        return f"checkpoints {names[0]} instead of {names[1]}"
+    newest = [load_checkpoint(list_checkpoints(r.checkpoints)[-1]) for r in (run, reference)]
+    for contents in newest:
+        for key in ("output_dir", "data"):
+            contents["config"].pop(key)
+    if where := _difference(newest[0], newest[1], "checkpoint"):
+        return where
+    logs = [
+        [
+            {k: v for k, v in line.items() if k != "timing"}
+            for line in read_log(r.output / "log.jsonl")
+        ]
+        for r in (run, reference)
+    ]
+    if where := _difference(logs[0], logs[1], "log"):
+        return where
+    left = [p.name for p in run.output.rglob("*.part")]
+    return f"left behind: {left}" if left else ""
+
+
+def same_test(run: Run, reference: Run) -> str:
+    """In what the results of two tests differ; empty if in nothing."""
+    results = [
+        {k: v for k, v in r.results().items() if k not in ("timing", "checkpoint", "config")}
+        for r in (run, reference)
+    ]
+    return _difference(results[0], results[1], "results") or _difference(
+        run.scores(), reference.scores(), "scores"
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of a process."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def _difference(a: Any, b: Any, where: str) -> str:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return "" if torch.equal(a, b) and a.dtype == b.dtype else f"{where} differs"
+    if type(a) is not type(b):
+        return f"{where}: {type(a).__name__} instead of {type(b).__name__}"
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))} differ"
+        return next(filter(None, (_difference(a[k], b[k], f"{where}.{k}") for k in a)), "")
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return f"{where}: {len(a)} instead of {len(b)} entries"
+        parts = enumerate(zip(a, b, strict=True))
+        return next(filter(None, (_difference(x, y, f"{where}[{i}]") for i, (x, y) in parts)), "")
+    return "" if a == b else f"{where}: {a!r} instead of {b!r}"
