@@ -20,6 +20,7 @@ from i3d_gn.video.report.classes import (
     most_confused,
 )
 from i3d_gn.video.report.examples import TestFrames, best_hits, confident_mistakes
+from i3d_gn.video.report.figure import plot
 from i3d_gn.video.report.page import page_context, write_page
 from i3d_gn.video.report.runs import Run, Test, read_run, read_runs
 from i3d_gn.video.train import train
@@ -302,6 +303,8 @@ def test_half_written_log_is_shown_as_far_as_it_goes(untrained, tmp_path, capsys
 
 
 def test_run_without_a_log_says_so(untrained, tmp_path):
+    plot([read_run(untrained)], tmp_path / "c.png")
+    assert (tmp_path / "c.png").is_file()
     write_page([read_run(untrained)], tmp_path / "r.html")
     assert "No run has a training log yet." in Page((tmp_path / "r.html").read_text()).texts
 
