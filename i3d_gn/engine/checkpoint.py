@@ -14,7 +14,8 @@ from i3d_gn.files import atomic_output
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})\.pt")
-_BEFORE_VALIDATION = "before_validation.pt"
+BEFORE_VALIDATION = "before_validation.pt"
+BEST = "best.pt"
 
 _KEYS = {"model": dict, "optimizer": dict, "config": dict, "trainer": dict, "num_broken": int}
 
@@ -49,16 +50,20 @@ def save_checkpoint(folder: Path, *, step: int, contents: dict[str, Any], keep: 
     return path
 
 
-def save_before_validation(folder: Path, *, step: int, contents: dict[str, Any]) -> Path:
-    """Write the checkpoint from which a run resumes if it stops while validating after `step`."""
-    path = folder / _BEFORE_VALIDATION
+def save_named(folder: Path, name: str, *, step: int, contents: dict[str, Any]) -> Path:
+    """Write a checkpoint that is kept beside the newest ones.
+
+    `BEFORE_VALIDATION`, from which a run resumes if it stops while validating after `step`, or
+    `BEST`, from which no run resumes.
+    """
+    path = folder / name
     _write(path, step, contents)
     return path
 
 
 def delete_before_validation(folder: Path) -> None:
-    """Delete what `save_before_validation` wrote, once the validation is done."""
-    (folder / _BEFORE_VALIDATION).unlink(missing_ok=True)
+    """Delete the checkpoint `BEFORE_VALIDATION`, once the validation is done."""
+    (folder / BEFORE_VALIDATION).unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -86,8 +91,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: There are checkpoints, but all are damaged.
     """
     candidates = [*reversed(list_checkpoints(folder))]
-    if (folder / _BEFORE_VALIDATION).is_file():
-        candidates.insert(0, folder / _BEFORE_VALIDATION)
+    if (folder / BEFORE_VALIDATION).is_file():
+        candidates.insert(0, folder / BEFORE_VALIDATION)
     loaded: tuple[Path, dict[str, Any]] | None = None
     damaged = []
     for path in candidates:
@@ -99,7 +104,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         if loaded is None or contents["step"] >= loaded[1]["step"]:
             loaded = path, contents
-        if path.name != _BEFORE_VALIDATION:
+        if path.name != BEFORE_VALIDATION:
             break
     if damaged and loaded is None:
         raise CheckpointError(
@@ -111,7 +116,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def is_before_validation(path: Path) -> bool:
     """Whether the validation after this checkpoint's step is still to be done."""
-    return path.name == _BEFORE_VALIDATION
+    return path.name == BEFORE_VALIDATION
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -10,29 +10,34 @@ import contextlib
 import logging
 import math
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from i3d_gn.data.batches import Batch
 from i3d_gn.data.loader import TimedIterator
 from i3d_gn.data.samplers import micro_batches_per_rank
 from i3d_gn.engine.activations import ActivationPercentiles
+from i3d_gn.engine.average import WeightAverage
+from i3d_gn.engine.best import BestValidation
 from i3d_gn.engine.checkpoint import (
+    BEFORE_VALIDATION,
+    BEST,
     CheckpointError,
     delete_before_validation,
     is_before_validation,
     latest_checkpoint,
     load_model_state,
     load_newest,
-    save_before_validation,
     save_checkpoint,
+    save_named,
 )
+from i3d_gn.engine.clock import Clock, duration
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import RankError, StopVote, names_that_differ
 from i3d_gn.engine.environment import environment, memory_gib
@@ -105,6 +110,8 @@ class TrainingLoop:
         self.model = task.build_model()
         self.activations = ActivationPercentiles(self.model, recipe.log_activations)
         self.optimizer = build_optimizer(self.model, recipe, task.lr_multiplier)
+        self.average = WeightAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        self.best = BestValidation(recipe.best_metric, recipe.patience, self.process)
         if saved is None:
             task.load_weights(self.model)
         else:
@@ -166,8 +173,10 @@ class TrainingLoop:
         self._vote = StopVote(self.process, timeout_minutes=recipe.rank_timeout_minutes)
         if self._validate_first:
             self._validate_and_save(self.first_step, signals)
-        clock = _Clock(self.first_step)
+        clock = Clock(self.first_step)
         for step in range(self.first_step, steps):
+            if self.best.stops:
+                break
             done = step + 1
             logs = done % recipe.log_every == 0 or done == steps
             with signals.deferred():
@@ -176,6 +185,8 @@ class TrainingLoop:
                 self.trainer.measure_gradient = logs
                 with self.activations.measured(logs):
                     broken = self.trainer.step(step, batches)
+                if self.average is not None:
+                    self.average.update(self.model)
                 for line in broken:
                     logger.warning("skipped in step %d: %s", done, line)
                 if logs:
@@ -185,11 +196,11 @@ class TrainingLoop:
                 if validates:  # do not start what takes minutes before the vote is counted
                     stop = self._vote.result() or stop
                 if stop and (validates or done != steps):
-                    self._save(done, before_validation=validates)
+                    self._save(done, name=BEFORE_VALIDATION if validates else None)
                     self._raise_stopped(done, signals)
             if validates:
                 with signals.deferred():
-                    self._save(done, before_validation=True)
+                    self._save(done, name=BEFORE_VALIDATION)
                 if signals.received is not None and self.process.world_size == 1:
                     self._raise_stopped(done, signals)
                 with clock.paused():
@@ -208,14 +219,20 @@ class TrainingLoop:
 
     def _validate_and_save(self, done: int, signals: StopSignals) -> None:
         """Validate; a run that stops meanwhile resumes here, from the checkpoint made for that."""
-        self.task.validate(self.model, done, self.log)
+        self.task.validate(self.tested_model, done, self.log)
+        if self.best.update(self.log.last, done):
+            with signals.deferred():
+                self._save(done, name=BEST)
+        if self.best.stops:
+            logger.info("%s is best after step %d: stopped", self.best.metric, self.best.step)
         self._save_if_due(done, signals)
         self.log.flush()
         if self.process.is_main:
             delete_before_validation(self.checkpoints)
 
     def _save_if_due(self, done: int, signals: StopSignals) -> None:
-        if done % self.recipe.checkpoint_every == 0 or done == self.recipe.steps:
+        due = done % self.recipe.checkpoint_every == 0 or done == self.recipe.steps
+        if due or self.best.stops:
             with signals.deferred():
                 self._save(done)
 
@@ -256,15 +273,18 @@ class TrainingLoop:
 
     def _load(self, saved: dict[str, Any], path: Path) -> None:
         self.task.load_state(saved)
-        load_model_state(self.model, saved["model"], path=path)
+        if self.average is None:
+            load_model_state(self.model, saved["model"], path=path)
+        else:
+            load_model_state(self.model, saved["average"]["model"], path=path)
+            self.average.load(saved, path)
+        self.best.load_state(saved.get("best", self.best.state()))
         try:
             load_optimizer_state(self.optimizer, saved["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit ({error})") from error
 
-    def _write_log(
-        self, done: int, lr: float, clock: _Clock, batches: TimedIterator[Batch]
-    ) -> None:
+    def _write_log(self, done: int, lr: float, clock: Clock, batches: TimedIterator[Batch]) -> None:
         self._check_finite()
         values = self.task.metrics.read_and_reset()
         self.num_broken += int(values["broken"])
@@ -280,7 +300,7 @@ class TrainingLoop:
             "step %d/%d  %s  lr %.2g  %.1f %s/s  waiting for data %.0f %%  %s left",
             done, self.recipe.steps, self.task.summary(values), lr,
             timing["samples_per_second"], self.task.unit, 100 * timing["data_wait_share"],
-            _duration(clock.seconds_per_step(done) * (self.recipe.steps - done)),
+            duration(clock.seconds_per_step(done) * (self.recipe.steps - done)),
         )  # fmt: skip
         self._check_broken(int(values["samples"]))
         batches.seconds_waited = 0.0
@@ -311,14 +331,21 @@ class TrainingLoop:
                 f"{task.max_broken} or {100 * task.max_broken_share:g} % allowed; see the warnings"
             )
 
-    def _save(self, done: int, *, before_validation: bool = False) -> None:
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network to validate and test: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def _save(self, done: int, *, name: str | None = None) -> None:
         self._check_finite(everything=True)
         trainer = {**self.trainer.state(), "metrics": self.task.metrics.state()}
         self.log.flush()
         if not self.process.is_main:
             return
         contents = {
-            "model": self.model.state_dict(),
+            "model": self.tested_model.state_dict(),
+            **({} if self.average is None else {"average": self.average.state(self.model)}),
+            "best": self.best.state(),
             "optimizer": self.optimizer.state_dict(),
             "config": to_dict(self.config),
             "trainer": trainer,
@@ -327,8 +354,8 @@ class TrainingLoop:
             "data": self.task.data(),
             **self.task.state(),
         }
-        if before_validation:
-            save_before_validation(self.checkpoints, step=done, contents=contents)
+        if name is not None:
+            save_named(self.checkpoints, name, step=done, contents=contents)
             return
         keep = self.recipe.keep_checkpoints
         path = save_checkpoint(self.checkpoints, step=done, contents=contents, keep=keep)
@@ -348,31 +375,3 @@ class TrainingLoop:
         if self.process.world_size > 1 and about_ranks:
             return RankError(f"lost contact with {self._vote.name_lost_rank()}")
         return error
-
-
-class _Clock:
-    """Time since the last log line, validation excluded."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._started, self._step = time.monotonic(), step
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def seconds_per_step(self, step: int) -> float:
-        return self.seconds() / (step - self._step)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        pause = time.monotonic()
-        yield
-        self._started += time.monotonic() - pause
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

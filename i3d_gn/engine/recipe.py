@@ -27,6 +27,9 @@ class Recipe:
     weight_decay: float = 1e-4  # of all parameters but gamma and beta
     norm_weight_decay: float = 0.0  # of gamma and beta
     clip_grad_norm: float | None = None  # largest norm of the gradient; None: not clipped
+    ema_decay: float = added_key(0.0)  # test a moving average of the weights, e.g. 0.99; 0: none
+    best_metric: str | None = added_key(None)  # keep best.pt by it, e.g. val/top1 or test/top1
+    patience: int | None = added_key(None)  # stop after so many validations without a better one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's arithmetic
     compile: bool = False  # use torch.compile
     log_every: int = machine_key(20)  # steps from one log line to the next
@@ -51,6 +54,8 @@ def check_optimizer_values(train: Any, where: str) -> None:
         at_least_1=("lr_batch_size", "milestones"),
         not_negative=("lr", "weight_decay", "norm_weight_decay"),
     )
+    if not 0 <= getattr(train, "ema_decay", 0) < 1:
+        raise ConfigError(f"{where}ema_decay is {train.ema_decay}; it must lie in [0, 1)")
     if not 0 <= train.momentum < 1:
         raise ConfigError(f"{where}momentum is {train.momentum}; it must lie in [0, 1)")
     if train.nesterov and not train.momentum:

@@ -44,6 +44,7 @@ class RunLog:
         enabled: bool = True,
     ) -> None:
         self.enabled = enabled
+        self.last: dict[str, Any] = {}  # the newest value of each metric, as `val/top1`
         if not enabled:
             return
         self.path = output_dir / "log.jsonl"
@@ -79,6 +80,7 @@ class RunLog:
             values: Results, which are a function of config and seed.
             timing: Measurements, which depend on the machine.
         """
+        self.last.update({f"{kind}/{name}": value for name, value in values.items()})
         if not self.enabled:
             return
         line = {"kind": kind, "step": step, **values, **({"timing": timing} if timing else {})}

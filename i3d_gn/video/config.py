@@ -206,6 +206,7 @@ def _check_values(config: Config, path: Path) -> None:
             "train.checkpoint_every",
             "train.keep_checkpoints",
             "train.precise_bn_iterations",
+            "train.patience",
             "test.num_clips",
             "test.short_side",
             "test.clips_per_forward",
@@ -238,6 +239,7 @@ def _check_values(config: Config, path: Path) -> None:
     )
     check_optimizer_values(config.train, f"{path}: train.")
     _check_lr_multipliers(config.train.lr_multipliers, f"{path}: train.lr_multipliers")
+    _check_best_metric(config.train, f"{path}: train.")
     if (config.train.steps == 0) == (config.train.epochs is None):
         both = ", not both" if config.train.steps else ""
         raise ConfigError(f"{path}: set train.steps or train.epochs{both}")
@@ -265,6 +267,20 @@ def _check_values(config: Config, path: Path) -> None:
     if config.train.schedule == "cosine" and config.train.milestones:
         raise ConfigError(
             f"{path}: train.milestones have no effect with train.schedule=cosine; remove them"
+        )
+
+
+def _check_best_metric(train: TrainConfig, where: str) -> None:
+    if train.patience is not None and train.best_metric is None:
+        raise ConfigError(f"{where}patience needs {where}best_metric, e.g. val/top1")
+    known = ["val/top1", "val/top5", "val/loss"]
+    if train.validate_multi_clip:
+        known += ["test/top1", "test/top5", "test/mean_class_accuracy"]
+    if train.best_metric not in (None, *known):
+        hint = "" if train.validate_multi_clip else ", and with validate_multi_clip those of test/"
+        raise ConfigError(
+            f"{where}best_metric is {train.best_metric!r}; it must be one of {', '.join(known)}"
+            f"{hint}"
         )
 
 

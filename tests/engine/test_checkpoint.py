@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from i3d_gn.engine.checkpoint import (
+    BEFORE_VALIDATION,
     CheckpointError,
     delete_before_validation,
     is_before_validation,
@@ -15,8 +16,8 @@ from i3d_gn.engine.checkpoint import (
     load_checkpoint,
     load_model_state,
     load_newest,
-    save_before_validation,
     save_checkpoint,
+    save_named,
 )
 
 
@@ -170,7 +171,7 @@ def test_damaged_newest_checkpoint_falls_back_to_an_older_one(tmp_path, caplog):
 
 def test_checkpoint_before_validation_counts_only_if_it_is_the_newest(tmp_path):
     save_checkpoint(tmp_path, step=1, contents=contents(), keep=2)
-    pending = save_before_validation(tmp_path, step=2, contents=contents())
+    pending = save_named(tmp_path, BEFORE_VALIDATION, step=2, contents=contents())
     assert is_before_validation(load_newest(tmp_path)[0])
     newest = save_checkpoint(tmp_path, step=2, contents=contents(), keep=2)
     assert load_newest(tmp_path)[0] == newest

@@ -244,6 +244,10 @@ ELSEWHERE = {
     "data.val_index": "test_indexes_of_the_config_are_loaded",
     "train.epochs": "test_classes_and_epochs_come_from_the_index",
     "train.validate_every_epochs": "test_classes_and_epochs_come_from_the_index",
+    **dict.fromkeys(
+        ("train.ema_decay", "train.best_metric", "train.patience"),
+        "tests/engine/test_best_and_average.py",
+    ),
     "data.root": "test_root_of_the_videos_can_be_changed",
     "data.allowed_hosts": "tests/data_tools/test_pack_shards.py, test_config_must_name_the_host",
     **dict.fromkeys(
