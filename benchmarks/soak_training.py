@@ -26,6 +26,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,6 @@ import torch
 from reliability import append, read_record, table
 from soak_runs import Command, Run, children, same_run, same_test
 
-from data_tools.make_motion_clips import make_motion_clips
 from i3d_gn.engine.checkpoint import list_checkpoints, load_checkpoint
 
 NUM_TRAIN, STEPS, BATCH = 12, 12, 4
@@ -82,16 +82,15 @@ class Soak:
         self.time_limit = time_limit
         self.data = folder / "data"
         videos = self.data / "videos"
-        make_motion_clips(
-            videos, train_clips=2, val_clips=1, num_frames=20, seed=0, workers=1,
-            timeout_seconds=600,
-        )  # fmt: skip
         train, val = self.data / "train.parquet", self.data / "val.parquet"
+        # Not forked: these commands start processes that import what this one is running.
         for arguments in (
+            ["make-motion-clips", videos, "--train-clips=2", "--val-clips=1", "--num-frames=20"],
             ["index", videos / "train", train],
             ["index", videos / "val", val, "--label-map", train],
         ):
-            self.finish(Command([*map(str, arguments), "--workers", "1"], folder / "prepare.log"))
+            command = [sys.executable, "-m", "i3d_gn", *map(str, arguments), "--workers=1"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         self.references: dict[str, Run] = {}
 
     def run(self, name: str, *, data: Path | None = None, timeout: float = 120.0) -> Run:
