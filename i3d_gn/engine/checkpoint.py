@@ -176,8 +176,10 @@ def _write(path: Path, step: int, contents: dict[str, Any]) -> None:
             torch.save({"format": FORMAT, "step": step, **contents}, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        # When writing fails, torch raises a RuntimeError of its own while it handles the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise OSError(
             f"checkpoint {path} cannot be written ({reason}); make sure that the disk is not full, "
             "and run the same command again to resume"

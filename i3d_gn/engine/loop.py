@@ -289,6 +289,7 @@ class TrainingLoop:
         values = self.task.metrics.read_and_reset()
         self.num_broken += int(values["broken"])
         self.num_samples += int(values["samples"]) + int(values["broken"])
+        self._check_broken(int(values["samples"]))  # before a loss of no sample is logged
         seconds = clock.seconds()
         timing = {
             "samples_per_second": values["samples"] / seconds,
@@ -302,7 +303,6 @@ class TrainingLoop:
             timing["samples_per_second"], self.task.unit, 100 * timing["data_wait_share"],
             duration(clock.seconds_per_step(done) * (self.recipe.steps - done)),
         )  # fmt: skip
-        self._check_broken(int(values["samples"]))
         batches.seconds_waited = 0.0
         clock.restart(done)
 

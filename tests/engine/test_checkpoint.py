@@ -1,5 +1,7 @@
 import copy
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -190,4 +192,25 @@ def test_full_disk_is_an_os_error_and_leaves_no_temporary_file(tmp_path, monkeyp
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"checkpoint .*step_00000001.pt cannot be written"):
         save_checkpoint(tmp_path, step=1, contents=contents(), keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+FILLS_UP = """
+import resource, sys
+from pathlib import Path
+import torch
+from i3d_gn.engine.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), step=1, contents={"x": torch.zeros(100_000)}, keep=1)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_the_reason_of_the_system_is_given_not_that_of_torch(tmp_path):
+    """torch's own is `unexpected pos 704 vs 598`."""
+    command = [sys.executable, "-c", FILLS_UP, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cannot be written (File too large)" in output
     assert list(tmp_path.iterdir()) == []

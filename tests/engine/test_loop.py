@@ -196,6 +196,7 @@ def test_an_interval_without_a_sample_stops_the_run(tmp_path):
 
     with pytest.raises(ValueError, match="no rows could be decoded since the last log line"):
         train(tmp_path, Gone(recipe()))
+    assert (tmp_path / "log.jsonl").read_text() == ""
     assert latest_checkpoint(tmp_path / "checkpoints") is None
 
 
