@@ -181,6 +181,7 @@ def test_classes_that_are_shown_are_those_confused_most_often():
     counts = np.eye(400, dtype=np.int64) * 50
     counts[7, 300], counts[300, 7], counts[20, 21], counts[1, 2] = 9, 8, 7, 1
     assert confused_classes(counts, 4) == [7, 20, 21, 300]
+    assert confused_classes(counts, 3) == [7, 300]  # no class without its partner
     assert confused_classes(counts[:3, :3], 4) == [0, 1, 2]
 
 

@@ -49,12 +49,12 @@ def most_confused(counts: npt.NDArray[np.int64], limit: int) -> list[Confusion]:
 
 
 def confused_classes(counts: npt.NDArray[np.int64], limit: int) -> list[int]:
-    """At most `limit` classes, in the order of their ids: all, or those confused most often."""
+    """At most `limit` classes, in the order of their ids: all, or the pairs confused most often."""
     if len(counts) <= limit:
         return list(range(len(counts)))
     chosen: list[int] = []
     for pair in most_confused(counts, limit * limit):
-        for label in (pair.true, pair.predicted):
-            if label not in chosen and len(chosen) < limit:
-                chosen.append(label)
+        new = [label for label in (pair.true, pair.predicted) if label not in chosen]
+        if len(chosen) + len(new) <= limit:
+            chosen += new
     return sorted(chosen)

@@ -31,7 +31,7 @@ from i3d_gn.video_io.strips import Strip, encode_webp
 _MAX_EXAMPLES = 36  # strips of test videos on the page
 _MAX_CLASSES = 24  # in the table of classes, before it is folded
 _MAX_PAIRS = 12
-_MAX_MATRIX = 10
+_MAX_MATRIX = 8
 _MAX_TRAINING_CLIPS = 8
 _MAX_CARDS = 6
 
@@ -273,7 +273,7 @@ def _example(example: Example, run: Run, frames: TestFrames) -> dict[str, Any]:
     return {
         "example": example,
         "picture": None if missing else _picture(strip),
-        "problem": strip if missing else None,
+        "problem": strip if missing and strip != frames.index(run) else None,
     }
 
 
