@@ -18,6 +18,8 @@ from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.stream import StreamedFrame, open_stream
 from i3d_gn.video_io.video_files import VideoFiles
 
+_ROUNDING = 1e-6  # seconds
+
 
 @dataclass(frozen=True)
 class Window:
@@ -67,7 +69,8 @@ def sliding_windows(
     number, last = 0, None
 
     def position(frame: StreamedFrame) -> float:
-        return frame.seconds if in_seconds else frame.number
+        # A frame on the edge between two windows, up to rounding, is in the later one.
+        return frame.seconds + _ROUNDING if in_seconds else frame.number
 
     def window(end: float = math.inf) -> Window:
         inside = [frame for frame in kept if position(frame) < number * every + length]

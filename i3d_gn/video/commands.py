@@ -115,8 +115,38 @@ def predict(argv: list[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="also write a .csv, .json or .parquet file"
     )
+    group = parser.add_argument_group("long videos")
+    group.add_argument(
+        "--window", type=_positive_float, metavar="SECONDS",
+        help="predict each window of this length by itself: a timeline",
+    )  # fmt: skip
+    group.add_argument(
+        "--every", type=_positive_float, metavar="SECONDS",
+        help="from one window to the next (default: the window's length)",
+    )  # fmt: skip
+    group.add_argument(
+        "--render", type=Path, metavar="FILE", help="write the video with its classes, .mp4"
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="plot the timeline, .png")
     args = parser.parse_args(argv)
+    if args.window is None and (args.every or args.render or args.plot):
+        parser.error("--every, --render and --plot need --window")
     start_logging()
+    if args.window is not None:
+        from i3d_gn.video.timeline import predict_timeline
+
+        predict_timeline(
+            args.inputs,
+            args.checkpoint,
+            window=args.window,
+            every=args.every or args.window,
+            top_k=args.top_k,
+            out=args.out,
+            render=args.render,
+            plot=args.plot,
+            overrides=args.overrides,
+        )
+        return 0
     from i3d_gn.video.predict import predict as predict_videos
 
     predict_videos(
