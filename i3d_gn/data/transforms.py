@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from i3d_gn.video_io.crop_plan import CropPlan
 
@@ -20,6 +22,7 @@ __all__ = [
     "SpatialMode",
     "evaluation_crops",
     "normalize_clips",
+    "rand_augment",
     "random_crop_plan",
 ]
 
@@ -128,6 +131,23 @@ def evaluation_crops(
         return plan, [(i * top, 0, size, size) for i in range(3)]
     plan = CropPlan(resize_height, resize_width, top, 0, size, 2 * left + size)
     return plan, [(0, i * left, size, size) for i in range(3)]
+
+
+def rand_augment(frames: np.ndarray, *, magnitude: int, rng: np.random.Generator) -> None:
+    """RandAugment (Cubuk et al., arXiv:1909.13719) in place: two random operations.
+
+    All frames of a clip get the same ones, with the same values.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        magnitude: 1 to 30, of the operations.
+        rng: Source of all randomness.
+    """
+    augment = v2.RandAugment(num_ops=2, magnitude=magnitude)
+    video = tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        frames[:] = augment(video).permute(0, 2, 3, 1).numpy()
 
 
 def normalize_clips(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from i3d_gn.data.batches import Batch, Sample, Stream
 from i3d_gn.data.clips import clip_indices, random_start, spaced_starts, union_of_clips
-from i3d_gn.data.transforms import evaluation_crops, random_crop_plan
+from i3d_gn.data.transforms import evaluation_crops, rand_augment, random_crop_plan
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 from i3d_gn.video_io.index import VideoIndex, VideoSource
 from i3d_gn.video_io.video_files import VideoFiles
@@ -35,6 +35,7 @@ class RandomClips(Dataset[Batch]):
         flip_probability: Of a horizontal flip.
         backend: Decoder, see `decode_frames`.
         seed, stream, salt: Seed of the random numbers, together with the position.
+        rand_augment: Magnitude of `transforms.rand_augment`, 0 for none.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RandomClips(Dataset[Batch]):
         seed: int,
         stream: Stream,
         salt: int = 0,
+        rand_augment: int = 0,
     ) -> None:
         self.index = index
         self.num_frames = num_frames
@@ -61,6 +63,7 @@ class RandomClips(Dataset[Batch]):
         self.seed = seed
         self.stream = stream
         self.salt = salt
+        self.rand_augment = rand_augment
 
     def __len__(self) -> int:
         """Number of videos."""
@@ -133,6 +136,8 @@ class RandomClips(Dataset[Batch]):
         with index.file_of(video) as path:
             size = (int(index.heights[video]), int(index.widths[video]))
             decode_frames(path, indices, plan=plan, size=size, backend=self.backend, out=out)
+        if self.rand_augment:
+            rand_augment(out, magnitude=self.rand_augment, rng=rng)
 
 
 class TestVideo(NamedTuple):

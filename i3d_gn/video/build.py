@@ -227,6 +227,7 @@ def random_clips(
         short_side=(clip.short_side_min, clip.short_side_max),
         crop_size=clip.crop_size,
         flip_probability=clip.flip_probability,
+        rand_augment=clip.rand_augment if stream == Stream.TRAIN_CLIP else 0,
         backend=config.data.decoder,
         seed=config.seed,
         stream=stream,

@@ -77,6 +77,7 @@ class ClipConfig:
     short_side_max: int = 320  # both ends included
     crop_size: int = 224  # pixels, side of the random square crop
     flip_probability: float = 0.5  # of a horizontal flip
+    rand_augment: int = added_key(0)  # magnitude of two operations on training clips, up to 30
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class TrainConfig(Recipe):
     epochs: float | None = added_key(None)  # instead of steps: passes over the training videos
     validate_every_epochs: float | None = added_key(None)  # instead of validate_every
     label_smoothing: float = added_key(0.0)  # share of the target spread over all classes
+    mixup: float = added_key(0.0)  # alpha of mixup, e.g. 0.2; 0: none
+    cutmix: float = added_key(0.0)  # alpha of CutMix, e.g. 1; with mixup, one of them at a time
     class_weights: Literal["equal", "balanced"] = added_key("equal")  # balanced: rare ones more
     # factors of lr in conv1, res2, res3, res4, res5, head, e.g. [0, 0, 0.1, 0.1, 1, 1]; 0: frozen
     lr_multipliers: tuple[float, ...] = added_key(())
@@ -226,6 +229,9 @@ def _check_values(config: Config, path: Path) -> None:
             "train.steps",
             "train.warmup_steps",
             "train.lr_multipliers",
+            "train.mixup",
+            "train.cutmix",
+            "clip.rand_augment",
             "data.max_broken_clips",
             "data.num_workers",
             "data.mean",
@@ -240,10 +246,17 @@ def _check_values(config: Config, path: Path) -> None:
     check_optimizer_values(config.train, f"{path}: train.")
     _check_lr_multipliers(config.train.lr_multipliers, f"{path}: train.lr_multipliers")
     _check_best_metric(config.train, f"{path}: train.")
+    if (config.train.mixup or config.train.cutmix) and config.train.clips_per_gpu == 1:
+        raise ConfigError(
+            f"{path}: train.mixup and train.cutmix mix the clips of a GPU, but train.clips_per_gpu "
+            "is 1; use at least 2"
+        )
     if (config.train.steps == 0) == (config.train.epochs is None):
         both = ", not both" if config.train.steps else ""
         raise ConfigError(f"{path}: set train.steps or train.epochs{both}")
     clip = config.clip
+    if clip.rand_augment > 30:
+        raise ConfigError(f"{path}: clip.rand_augment is {clip.rand_augment}; it must be up to 30")
     if not clip.crop_size <= clip.short_side_min <= clip.short_side_max:
         raise ConfigError(
             f"{path}: clip.crop_size {clip.crop_size}, clip.short_side_min {clip.short_side_min}, "

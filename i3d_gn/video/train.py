@@ -24,6 +24,7 @@ from i3d_gn.engine.classification import (
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, barrier
 from i3d_gn.engine.loop import TrainingLoop
+from i3d_gn.engine.mixing import MixSamples
 from i3d_gn.engine.precise_bn import get_bn_modules, update_bn_stats
 from i3d_gn.engine.run_log import RunLog
 from i3d_gn.models import I3D
@@ -80,6 +81,13 @@ class VideoTraining(ClassificationTask):
         recipe = self.config.train
         self.loss_options = LossOptions(
             label_smoothing=recipe.label_smoothing,
+            mix=(
+                MixSamples(
+                    len(self.train_index.class_names), mixup=recipe.mixup, cutmix=recipe.cutmix
+                )
+                if recipe.mixup or recipe.cutmix
+                else None
+            ),
             class_weights=(
                 build.class_weights(self.train_index).to(process.device)
                 if recipe.class_weights == "balanced"

@@ -89,6 +89,10 @@ def precise_bn_batches(built, monkeypatch_target="i3d_gn.video.train.update_bn_s
     return counts
 
 
+def alphas(mix):
+    return mix and [kind.alpha for kind in mix.kinds]
+
+
 class NoLog:
     def __init__(self):
         self.kinds = []
@@ -179,6 +183,9 @@ KEYS = {
     "train.label_smoothing": (
         ["train.label_smoothing=0.1"], lambda b: b.task.loss_options.label_smoothing, 0.1
     ),
+    "train.mixup": (["train.mixup=0.2"], lambda b: alphas(b.task.loss_options.mix), [0.2]),
+    "train.cutmix": (["train.cutmix=0.3"], lambda b: alphas(b.task.loss_options.mix), [0.3]),
+    "clip.rand_augment": (["clip.rand_augment=5"], lambda b: b.clips.rand_augment, 5),
     "train.class_weights": (
         ["train.class_weights=balanced"],
         lambda b: (w := b.task.loss_options.class_weights) is not None and w.tolist(), [1.0] * 6,

@@ -292,6 +292,8 @@ def test_global_batch_not_a_multiple_of_clips_per_gpu_is_an_error(tmp_path):
         ("train.patience=2", "train.patience needs .*train.best_metric"),
         ("train.best_metric=top1", "best_metric is 'top1'; it must be one of val/top1,"),
         ("train.best_metric=test/top1", "and with validate_multi_clip those of test/"),
+        ("clip.rand_augment=31", "clip.rand_augment is 31; it must be up to 30"),
+        ("train={mixup: 1, clips_per_gpu: 1}", "mix the clips of a GPU, but .*clips_per_gpu is 1"),
         ("train.lr", "expected key=value"),
         ("train.lrr=1", "did you mean 'train.lr'"),
         ("train.lr=fast", "override 'train.lr=fast': train.lr: .*Float"),
