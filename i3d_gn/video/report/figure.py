@@ -42,7 +42,10 @@ _STYLE: dict[Any, Any] = {
 def plot(runs: list[Run], path: Path) -> None:
     """Write the figure, atomically."""
     first = next((run.strips for run in runs if run.strips), [])
-    strips = list({strip.caption: strip for strip in reversed(first)}.values())[::-1][:_MAX_STRIPS]
+    captions = [strip.caption for strip in first]
+    repeats = [captions[:i].count(caption) for i, caption in enumerate(captions)]
+    order = sorted(range(len(first)), key=lambda i: (repeats[i], i))  # as many classes as possible
+    strips = [first[i] for i in order[:_MAX_STRIPS]]
     tested = any(run.test is not None for run in runs)
     with mpl.rc_context(_STYLE):
         widths = [*([1.15] if strips else []), 1.2, *([1] if tested else [])]
