@@ -5,7 +5,7 @@ import re
 from i3d_gn import __version__
 
 project = "i3d_gn"
-author = "the authors of i3d_gn"
+author = copyright = "the authors of i3d_gn"
 release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -21,8 +21,10 @@ myst_heading_anchors = 3
 
 
 def escape_shapes(app, what, name, obj, options, lines):
-    """`(N, C, *)` in a docstring is a shape, not the start of emphasis."""
-    lines[:] = [re.sub(r"(?<![\w`*])([*|])(?![\w*])", r"\\\1", line) for line in lines]
+    """`(N, C, *)` is not the start of emphasis, nor `num_channels: C.` that of a list."""
+    for number, line in enumerate(lines):
+        shape = re.sub(r"(?<![\w`*])([*|])(?![\w*])", r"\\\1", line)
+        lines[number] = re.sub(r": ([A-Z])\.$", r": \1\\.", shape)
 
 
 def setup(app):

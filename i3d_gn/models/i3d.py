@@ -80,7 +80,7 @@ class Head(nn.Module):
 class I3D(nn.Module):
     """Inflated 3-D ResNet with bottleneck blocks, from clips to logits.
 
-    Shapes for 32 frames of 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`):
+    Shapes for 32 frames of 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`)::
 
         conv1 64,16,112,112 -> pool1 64,8,55,55 -> res2 256,8,55,55 -> pool2 256,4,55,55
         -> res3 512,4,28,28 -> res4 1024,4,14,14 -> res5 2048,4,7,7 -> head

@@ -11,7 +11,7 @@ from i3d_gn.norm.split_batch_norm import check_channels, check_splits, check_sta
 class BatchRenorm(_BatchNorm):
     """Batch norm corrected toward its running statistics (arXiv:1702.03275, Algorithm 1).
 
-    In training, for a batch with mean m and s = sqrt(var + eps), var the biased variance,
+    In training, for a batch with mean m and s = sqrt(var + eps), var the biased variance::
 
         y = ((x - m) / s * r + d) * weight + bias
         r = clip(s / running_s, 1 / r_max, r_max),  d = clip((m - running_m) / running_s, +-d_max)

@@ -174,6 +174,8 @@ def metadata(
 
 def write_onnx(program: ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
     """Write an ONNX file with `facts` as metadata: text, or JSON."""
+    for name in ("onnx_ir", "onnxscript"):  # they log every rewritten node
+        logging.getLogger(name).setLevel(logging.WARNING)
     converted = torch.onnx.export(
         program,
         opset_version=OPSET,
