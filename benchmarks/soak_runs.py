@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -162,8 +163,11 @@ class Run:
         return {row["path"]: row["scores"] for row in rows}
 
 
-def same_run(run: Run, reference: Run) -> str:
-    """In what the outputs of two finished runs differ; empty if in nothing."""
+def same_run(run: Run, reference: Run, *, log_tolerance: float = 0.0) -> str:
+    """In what the outputs of two finished runs differ; empty if in nothing.
+
+    With `log_tolerance`, numbers in the log may differ by this share.
+    """
     names = [[p.name for p in list_checkpoints(r.checkpoints)] for r in (run, reference)]
     if names[0][-1:] != names[1][-1:]:
         return f"checkpoints {names[0]} instead of {names[1]}"
@@ -180,7 +184,7 @@ def same_run(run: Run, reference: Run) -> str:
         ]
         for r in (run, reference)
     ]
-    if where := _difference(logs[0], logs[1], "log"):
+    if where := _difference(logs[0], logs[1], "log", log_tolerance):
         return where
     left = [p.name for p in run.output.rglob("*.part")]
     return f"left behind: {left}" if left else ""
@@ -206,7 +210,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-def _difference(a: Any, b: Any, where: str) -> str:
+def _difference(a: Any, b: Any, where: str, tolerance: float = 0.0) -> str:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return "" if torch.equal(a, b) and a.dtype == b.dtype else f"{where} differs"
     if type(a) is not type(b):
@@ -214,10 +218,15 @@ def _difference(a: Any, b: Any, where: str) -> str:
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))} differ"
-        return next(filter(None, (_difference(a[k], b[k], f"{where}.{k}") for k in a)), "")
+        return next(
+            filter(None, (_difference(a[k], b[k], f"{where}.{k}", tolerance) for k in a)), ""
+        )
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return f"{where}: {len(a)} instead of {len(b)} entries"
-        parts = enumerate(zip(a, b, strict=True))
-        return next(filter(None, (_difference(x, y, f"{where}[{i}]") for i, (x, y) in parts)), "")
+        pairs = enumerate(zip(a, b, strict=True))
+        parts = (_difference(x, y, f"{where}[{i}]", tolerance) for i, (x, y) in pairs)
+        return next(filter(None, parts), "")
+    if isinstance(a, float) and math.isclose(a, b, rel_tol=tolerance):
+        return ""
     return "" if a == b else f"{where}: {a!r} instead of {b!r}"

@@ -150,12 +150,15 @@ def started(soak: Soak) -> tuple[Run, Launch]:
 
 
 def undisturbed(soak: Soak) -> str:
-    """Bit for bit as in one process."""
+    """Parameters and optimizer bit for bit as in one process.
+
+    Means over the validation videos are sums over ranks, in another order.
+    """
     run = soak.run("hosts-gn")
     finish(run)
-    if difference := same_run(run, soak.reference("gn")):
+    if difference := same_run(run, soak.reference("gn"), log_tolerance=1e-6):
         raise FaultError("silently wrong", difference)
-    return "parameters, optimizer and log equal those of one process"
+    return "parameters and optimizer equal those of one process"
 
 
 def link_cut(soak: Soak) -> str:

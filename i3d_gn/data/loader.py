@@ -314,8 +314,8 @@ def _check_shared_memory(item_bytes: int, num_workers: int) -> None:
     free, needed = status.f_bavail * status.f_frsize, item_bytes * num_workers
     if free < needed:
         raise ValueError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, and {num_workers} loader workers need "
-            f"{needed / 1e6:.0f} MB or more; make it larger (docker run --shm-size=8g), or use "
+            f"{_SHARED_MEMORY} has {free / 1e6:.3g} MB free, and {num_workers} loader workers need "
+            f"{needed / 1e6:.3g} MB or more; make it larger (docker run --shm-size=8g), or use "
             "fewer workers (0: load in the main process)"
         )
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# In messages of gloo, most of which name a file of its own.
+_LOST = ("gloo", "pair closure", "onnection closed by peer", "onnection reset by peer")
 
 
 class RankError(OSError):
@@ -127,6 +129,11 @@ class StopVote:
                 return f"rank {1 - dist.get_rank()}"
             return "rank 0" if dist.get_rank() else "another rank"
         return "another rank for a while"
+
+
+def is_about_ranks(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another rank is gone or does not answer."""
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

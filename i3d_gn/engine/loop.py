@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +38,7 @@ from i3d_gn.engine.checkpoint import (
 )
 from i3d_gn.engine.clock import Clock, duration
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
-from i3d_gn.engine.distributed import RankError, StopVote, names_that_differ
+from i3d_gn.engine.distributed import RankError, StopVote, is_about_ranks, names_that_differ
 from i3d_gn.engine.environment import environment, memory_gib
 from i3d_gn.engine.optim import build_optimizer, learning_rate, load_optimizer_state, set_lr
 from i3d_gn.engine.recipe import Recipe
@@ -371,7 +370,6 @@ class TrainingLoop:
 
     def _explained(self, error: RuntimeError) -> Exception:
         """Name the rank that was lost, if that is what a collective operation complains about."""
-        about_ranks = "gloo" in str(error) or isinstance(error, dist.DistError)
-        if self.process.world_size > 1 and about_ranks:
+        if self.process.world_size > 1 and is_about_ranks(error):
             return RankError(f"lost contact with {self._vote.name_lost_rank()}")
         return error
