@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from i3d_gn.engine.checkpoint import BEST, CheckpointError, latest_checkpoint, load_checkpoint
 from i3d_gn.models.i3d import STAGE_NAMES
 from i3d_gn.video.config import Config, config_of_checkpoint, config_of_values
 from i3d_gn.video.trained import (
@@ -75,7 +75,7 @@ def load_weights(
 
 def _checkpoint_of_run(folder: Path) -> Path:
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    best = checkpoints / "best.pt"
+    best = checkpoints / BEST
     path = best if best.is_file() else latest_checkpoint(checkpoints)
     if path is None:
         raise CheckpointError(
