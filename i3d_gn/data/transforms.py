@@ -12,8 +12,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from i3d_gn.video_io.crop_plan import CropPlan
 
@@ -143,6 +141,10 @@ def rand_augment(frames: np.ndarray, *, magnitude: int, rng: np.random.Generator
         magnitude: 1 to 30, of the operations.
         rng: Source of all randomness.
     """
+    # Imported here, since it takes each loader worker a second.
+    from torchvision import tv_tensors  # noqa: PLC0415
+    from torchvision.transforms import v2  # noqa: PLC0415
+
     augment = v2.RandAugment(num_ops=2, magnitude=magnitude)
     video = tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2))
     with torch.random.fork_rng(devices=[]):
