@@ -141,10 +141,10 @@ class Run:
         self.checkpoints = self.output / "checkpoints"
         self.seconds = 0.0
 
-    def train(self, **options: Any) -> Command:
+    def train(self, *overrides: str, **options: Any) -> Command:
         """Start or resume training."""
         config = str(self.folder / "config.yaml")
-        return Command(["train", config], self.folder / "train.log", **options)
+        return Command(["train", config, *overrides], self.folder / "train.log", **options)
 
     def evaluate(self, **options: Any) -> Command:
         """Start or resume the test."""

@@ -232,7 +232,11 @@ def fill_disk(soak: Soak, rng: random.Random) -> None:
     reference = soak.reference("gn")
     size = list_checkpoints(reference.checkpoints)[-1].stat().st_size
     limit = rng.randrange(2000, size)
-    command = run.train(before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    # Without loader workers, whose shared memory the limit would apply to as well.
+    command = run.train(
+        "data.num_workers=0",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     status, output = soak.wait(command), command.output()
     if status != 2 or "Traceback" in output:
         raise FaultError("lost", f"status {status} with {limit} bytes: {output[-400:]}")

@@ -3,9 +3,8 @@
 On files with a variable frame rate, edit lists or open GOPs, and on MPEG-TS, decord 0.6 returns
 frames other than those asked for, without an error. It is therefore used only on files of none of
 these kinds, and only if its frame count and timestamps equal those of the frame table. In a damaged
-file, it may still return the frame before or after one that it cannot decode, which only a full
-decode detects (`i3d-gn verify`). With a plan,
-decord scales whole frames straight into RGB, which shifts colors by about one level.
+file it may still return wrong frames, which only a full decode detects (`i3d-gn verify`). With a
+plan, decord scales whole frames straight into RGB, which shifts colors by about one level.
 """
 
 import logging
