@@ -161,7 +161,7 @@ def _check_norm(model: I3D, info: WeightsInfo, origin: str) -> None:
 
 def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool) -> InflationReport:
     """Copy the tensors into the model, or raise `ValueError` and leave it unchanged."""
-    source = weights.tensors
+    source, state = weights.tensors, _state_by_plain_names(model)
     head = source.get("head.linear.weight")
     with_head = (
         weights.info.spatial_dims == 3
@@ -178,7 +178,7 @@ def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool)
         """Frozen batch norms and those saved before torch 0.4.1 lack it; no result needs it."""
         return key.endswith(".num_batches_tracked")
 
-    targets = {key: t for key, t in model.state_dict().items() if not is_skipped(key)}
+    targets = {key: t for key, t in state.items() if not is_skipped(key)}
     loaded = [key for key in source if key in targets]
     rest = [key for key in source if key not in targets]
     unknown = [key for key in rest if not is_skipped(key) and not is_count(key)]
@@ -201,15 +201,21 @@ def _fill(model: I3D, weights: Weights, origin: str, *, convolutions_only: bool)
     return InflationReport(
         loaded=tuple(values),
         left_at_init=tuple(
-            key
-            for key in model.state_dict()
-            if key not in values and (is_skipped(key) or not is_count(key))
+            key for key in state if key not in values and (is_skipped(key) or not is_count(key))
         ),
         unused=(*(names.get(key, key) for key in rest), *weights.unused),
         info=weights.info,
         entry=weights.entry,
         other_entries=weights.other_entries,
     )
+
+
+def _state_by_plain_names(model: I3D) -> dict[str, Tensor]:
+    """The model's state, with a kernel that is standardized under its name without that."""
+    return {
+        key.replace(".parametrizations.weight.original", ".weight"): tensor
+        for key, tensor in model.state_dict().items()
+    }
 
 
 def _is_norm_key(key: str) -> bool:

@@ -18,7 +18,7 @@ from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_small, i3d_tiny
 from i3d_gn.models.inflate import NormMismatchError, load_imagenet_weights
-from i3d_gn.norm import make_norm
+from i3d_gn.norm import make_norm, normalize_kernels
 from i3d_gn.video.config import Config
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.packed import host_of
@@ -63,6 +63,8 @@ def build_model(config: Config, device: torch.device) -> I3D:
         zero_init_last_norm=model.zero_init_last_norm,
         checkpoint_stages=model.checkpoint_stages,
     )
+    if model.kernel_norm is not None:
+        normalize_kernels(built, model.kernel_norm)
     clip, side = config.clip, config.test.short_side
     if built.feature_size(clip.num_frames, side, side) < training_map(built, config):
         raise ConfigError(

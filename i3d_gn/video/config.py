@@ -35,6 +35,7 @@ class ModelConfig:
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"  # layer
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
     channels_per_group: int | None = None  # of gn, instead of num_groups
+    kernel_norm: Literal["weight_standardization"] | None = added_key(None)  # of convolutions
     stem: Literal["strided", "8x8", "mmaction2"] = "strided"  # strided: 32 or 64 frames
     inflate: bool = True  # False: C2D, all temporal kernels are 1
     pool_padding: int = 0  # of pool1; 1 in PySlowFast and pytorchvideo

@@ -128,6 +128,12 @@ KEYS = {
     "model.channels_per_group": (
         ["model.channels_per_group=4"], groups_of, {4, 8, 16, 32, 64, 128}
     ),
+    "model.kernel_norm": (
+        ["model.kernel_norm=weight_standardization"],
+        lambda b: [type(p).__name__ for p in getattr(
+            b.model.conv1, "parametrizations", {"weight": ()})["weight"]],
+        ["WeightStandardization"],
+    ),
     "model.stem": (["model.stem=8x8"], lambda b: b.model.conv1.stride, (1, 2, 2)),
     "model.inflate": (["model.inflate=false"], lambda b: b.model.conv1.kernel_size, (1, 7, 7)),
     "model.pool_padding": (["model.pool_padding=1"], lambda b: b.model.pool1.padding, (0, 1, 1)),

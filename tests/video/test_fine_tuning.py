@@ -17,7 +17,9 @@ from i3d_gn.engine.precise_bn import get_bn_modules
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.trainer import Trainer
 from i3d_gn.models import i3d_tiny
+from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video import build
+from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 
@@ -222,3 +224,25 @@ def test_resume_with_every_option_is_bit_identical(small_run, tmp_path, monkeypa
         for f in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert lines[0] == lines[1]
+
+
+def test_standardized_kernels_start_from_inflated_weights_and_are_trained(small_run, tmp_path):
+    """Against the formula of Qiao et al., arXiv:1903.10520; a checkpoint of it can be tested."""
+    torch.manual_seed(0)
+    image = resnet_tiny("gn", 5)
+    torch.save(image.state_dict(), tmp_path / "image.pth")
+    options = ["model.kernel_norm=weight_standardization", "train.steps=2"]
+    weights = [f"model.weights={tmp_path / 'image.pth'}", "data.mean=[0.4,0.4,0.4]",
+               "data.std=[0.2,0.2,0.2]"]  # fmt: skip
+    config = small_run(*options, *weights)
+    model = build.build_model(config, PROCESS.device)
+    build.load_starting_weights(model, config)
+    kernel = image.res3[0].conv2.weight.detach().double()[:, :, None]
+    mean = kernel.mean((1, 2, 3, 4), keepdim=True)
+    variance = kernel.var((1, 2, 3, 4), correction=0, keepdim=True)
+    expected = (kernel - mean) / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(model.res3[0].conv2.weight.double(), expected, rtol=1e-4, atol=1e-4)
+    train(config, PROCESS)
+    assert evaluate(config, None, PROCESS)["num_videos"] == 6
+    with pytest.raises(ValueError, match="model.kernel_norm: weight_standardization -> None"):
+        evaluate(small_run("train.steps=2"), None, PROCESS)
