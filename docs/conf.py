@@ -23,7 +23,7 @@ myst_heading_anchors = 3
 def escape_shapes(app, what, name, obj, options, lines):
     """`(N, C, *)` is not the start of emphasis, nor `num_channels: C.` that of a list."""
     for number, line in enumerate(lines):
-        shape = re.sub(r"(?<![\w`*])([*|])(?![\w*])", r"\\\1", line)
+        shape = re.sub(r"(?<![\w`*])([*|])(?=[^\s\w*])", r"\\\1", line)
         lines[number] = re.sub(r": ([A-Z])\.$", r": \1\\.", shape)
 
 
