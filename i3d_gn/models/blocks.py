@@ -158,6 +158,7 @@ def can_recompute(norm: nn.Module, x: Tensor) -> bool:
     """Whether backward can recompute `norm` and ReLU of x (N, C, *) instead of saving them."""
     return (
         isinstance(norm, GroupNorm)
+        and norm.over != "causal"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.numel() > 0

@@ -4,10 +4,19 @@ import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from i3d_gn.norm.axes import (
+    Over,
+    causal_group_norm,
+    causal_group_norm_fused,
+    to_clips,
+    to_frames,
+)
 from i3d_gn.norm.channels_last_cpu import group_norm_channels_last
 from i3d_gn.norm.fused import group_norm_fused, group_norm_fused_recompute
 
@@ -25,15 +34,17 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    over: Over = "thw",
     relu: bool = False,
+    silu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Normalize each sample over groups of channels and all positions ([GN] Eqn. 7).
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and biased variance per sample and
     group, over the group's C / G channels and all of (T, H, W). Statistics are computed in at least
-    float32, also under autocast. With the fused kernels (`uses_fused_kernels`), `relu` and
-    `residual` take no extra pass over memory.
+    float32, also under autocast. With the fused kernels (`uses_fused_kernels`), `relu`, `silu`
+    and `residual` take no extra pass over memory.
 
     Args:
         x: (N, C, *), floating point, any number of spatial dimensions, any strides.
@@ -41,7 +52,10 @@ def group_norm(
         weight: (C,); None means 1.
         bias: (C,); None means 0.
         eps: added to the variance.
+        over: `thw` all positions; for clips (N, C, T, H, W) also `hw`, each frame by itself, or
+            `causal`, each frame with those before it. For images (N, C, H, W), `hw` is `thw`.
         relu: whether to apply ReLU.
+        silu: whether to apply SiLU instead.
         residual: of x's shape, added to the normalized x before the ReLU; requires `relu`.
 
     Returns:
@@ -50,9 +64,13 @@ def group_norm(
     Raises:
         ValueError: `x` is not floating point or has no channel dimension, G does not divide C,
             `weight` or `bias` has the wrong shape, `residual` has the wrong shape or is given
-            without `relu`, or the environment forces kernels that cannot run.
+            without `relu`, both `relu` and `silu` are given, `x` has no time axis for `over`, or
+            the environment forces kernels that cannot run.
     """
     weight, bias = _parameters(x, num_groups, weight, bias)
+    check_axes(x, over)
+    if relu and silu:
+        raise ValueError("relu=True and silu=True; give one of them")
     if residual is not None and (not relu or residual.shape != x.shape):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)} with relu={relu}; pass relu=True and a "
@@ -64,18 +82,25 @@ def group_norm(
         y = (x * weight.view(by_channel) + bias.view(by_channel)).to(x.dtype)
         return y if residual is None else y + residual.to(x.dtype)
 
+    if over == "causal":
+        return _causal(x, num_groups, weight, bias, eps, residual, relu, silu)
+    if over == "hw" and x.dim() == 5:
+        frames = None if residual is None else to_frames(residual)
+        y = group_norm(
+            to_frames(x), num_groups, weight, bias, eps, relu=relu, silu=silu, residual=frames
+        )
+        return to_clips(y, len(x), _memory_format(x))
     layout = _memory_format(x)
     if uses_fused_kernels(x):
-        operator = group_norm_fused
-    elif layout != torch.contiguous_format and x.device.type == "cpu" and not _must_be_native():
-        operator = group_norm_channels_last
+        x, residual = _dense(x, residual, layout)
+        return group_norm_fused(x, residual, num_groups, weight, bias, eps, relu, silu)[0]
+    if layout != torch.contiguous_format and x.device.type == "cpu" and not _must_be_native():
+        x, residual = _dense(x, residual, layout)
+        y = group_norm_channels_last(x, residual, num_groups, weight, bias, eps, relu)[0]
     else:
         y = _native_group_norm(x.contiguous(), num_groups, weight, bias, eps, residual, relu)
-        return y.contiguous(memory_format=layout)
-    x = x.contiguous(memory_format=layout)
-    if residual is not None:
-        residual = residual.to(x.dtype).contiguous(memory_format=layout)
-    return operator(x, residual, num_groups, weight, bias, eps, relu)[0]
+        y = y.contiguous(memory_format=layout)
+    return F.silu(y) if silu else y
 
 
 def group_norm_relu_with_recompute(
@@ -84,6 +109,8 @@ def group_norm_relu_with_recompute(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    over: Over = "thw",
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """`group_norm` with ReLU, and a function that recomputes the result.
 
@@ -97,9 +124,15 @@ def group_norm_relu_with_recompute(
         weight: see `group_norm`.
         bias: see `group_norm`.
         eps: see `group_norm`.
+        over: `thw` or `hw`, see `group_norm`.
     """
+    if over == "hw" and x.dim() == 5:
+        y, recompute = group_norm_relu_with_recompute(to_frames(x), num_groups, weight, bias, eps)
+        as_clips = partial(to_clips, num_clips=len(x), layout=_memory_format(x))
+        return as_clips(y), lambda: as_clips(recompute())
+    assert over != "causal"
     weight, bias = _parameters(x, num_groups, weight, bias)
-    y, statistics = group_norm_fused(x, None, num_groups, weight, bias, eps, True)
+    y, statistics = group_norm_fused(x, None, num_groups, weight, bias, eps, True, False)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     versions = (x._version, weight._version, bias._version)
     return y, partial(_recompute_relu, x, num_groups, weight, bias, statistics, versions)
@@ -154,6 +187,57 @@ def uses_fused_kernels(x: Tensor) -> bool:
             "higher (or on the CPU with TRITON_INTERPRET=1); unset the variable otherwise"
         )
     return able
+
+
+def check_axes(x: Tensor, over: str) -> None:
+    """Raise a ValueError unless `x` has the axes of `over`."""
+    if over not in get_args(Over):
+        raise ValueError(f"over={over!r} is unknown; choose one of {', '.join(get_args(Over))}")
+    if (over == "causal" and x.dim() != 5) or (over == "hw" and x.dim() not in (4, 5)):
+        raise ValueError(f"x has shape {tuple(x.shape)}; over={over!r} needs clips (N, C, T, H, W)")
+
+
+def _dense(
+    x: Tensor, residual: Tensor | None, layout: torch.memory_format
+) -> tuple[Tensor, Tensor | None]:
+    x = x.contiguous(memory_format=layout)
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=layout)
+    return x, residual
+
+
+def _causal(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    silu: bool,
+) -> Tensor:
+    layout = _memory_format(x)
+    if uses_fused_kernels(x):
+        x, residual = _dense(x, residual, layout)
+        frame_layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        frames, frame_residual = (
+            None if t is None else to_frames(t).contiguous(memory_format=frame_layout)
+            for t in (x, residual)
+        )
+        y, _ = causal_group_norm_fused(
+            frames, frame_residual, x.shape[2], num_groups, weight, bias, eps, relu, silu
+        )
+        return to_clips(y, len(x), layout)
+    if x.is_meta:  # autocast does not support the meta device
+        y = causal_group_norm(x, num_groups, weight, bias, eps)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = causal_group_norm(x, num_groups, weight, bias, eps)
+    if residual is not None:
+        y = y + residual.to(x.dtype)
+    if relu or silu:
+        y = y.relu() if relu else F.silu(y)
+    return y.contiguous(memory_format=layout)
 
 
 def _parameters(

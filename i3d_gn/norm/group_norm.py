@@ -1,9 +1,11 @@
 """Group norm as a layer."""
 
 from collections.abc import Callable
+from typing import get_args
 
 from torch import Tensor, nn
 
+from i3d_gn.norm.axes import Over
 from i3d_gn.norm.functional import group_norm, group_norm_relu_with_recompute
 
 
@@ -21,13 +23,24 @@ class GroupNorm(nn.GroupNorm):
         num_channels: C.
         eps: added to the variance.
         affine: whether there are learned `weight` and `bias` per channel.
+        over: `thw`, statistics over the whole clip; `hw`, over each frame by itself, so that the
+            result does not depend on how a video is cut into clips; or `causal`, over each frame
+            and those before it, so that it does not depend on later frames. The latter two need
+            clips (N, C, T, H, W); for images (N, C, H, W), `hw` is `thw`.
 
     Raises:
-        ValueError: G does not divide C, or the input has another number of channels.
+        ValueError: G does not divide C, `over` is unknown, or the input has another number of
+            channels or lacks an axis.
     """
 
     def __init__(
-        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        over: Over = "thw",
     ) -> None:
         if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
             raise ValueError(
@@ -35,11 +48,20 @@ class GroupNorm(nn.GroupNorm):
                 "groups; choose one of the divisors of num_channels, or fix the number of channels "
                 "per group (from_channels_per_group)"
             )
+        if over not in get_args(Over):
+            raise ValueError(f"over={over!r} is unknown; choose one of {', '.join(get_args(Over))}")
         super().__init__(num_groups, num_channels, eps=eps, affine=affine)
+        self.over: Over = over
 
     @classmethod
     def from_channels_per_group(
-        cls, channels_per_group: int, num_channels: int, eps: float = 1e-5, affine: bool = True
+        cls,
+        channels_per_group: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        over: Over = "thw",
     ) -> "GroupNorm":
         """Fix the number of channels per group instead of G ([GN] Table 3, second half).
 
@@ -51,12 +73,19 @@ class GroupNorm(nn.GroupNorm):
                 f"num_channels={num_channels} is not a multiple of "
                 f"channels_per_group={channels_per_group}; choose one of its divisors"
             )
-        return cls(num_channels // channels_per_group, num_channels, eps=eps, affine=affine)
+        return cls(
+            num_channels // channels_per_group, num_channels, eps=eps, affine=affine, over=over
+        )
 
     def forward(
-        self, input: Tensor, *, relu: bool = False, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        *,
+        relu: bool = False,
+        silu: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Normalize (N, C, *), then optionally add `residual` and apply ReLU.
+        """Normalize (N, C, *), then optionally add `residual` and apply ReLU, or apply SiLU.
 
         The result has the input's shape, dtype and memory format. A residual has the input's shape
         and requires `relu`.
@@ -68,19 +97,26 @@ class GroupNorm(nn.GroupNorm):
             self.weight,
             self.bias,
             self.eps,
+            over=self.over,
             relu=relu,
+            silu=silu,
             residual=residual,
         )
 
     def relu_with_recompute(self, input: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """`forward` with ReLU, and a function that recomputes the result.
 
-        For inputs for which `uses_fused_kernels` is true; see `group_norm_relu_with_recompute`.
+        For inputs for which `uses_fused_kernels` is true, and not for `causal` statistics; see
+        `group_norm_relu_with_recompute`.
         """
         self._check(input)
         return group_norm_relu_with_recompute(
-            input, self.num_groups, self.weight, self.bias, self.eps
+            input, self.num_groups, self.weight, self.bias, self.eps, over=self.over
         )
+
+    def extra_repr(self) -> str:
+        """Options shown by `print`."""
+        return super().extra_repr() + ("" if self.over == "thw" else f", over={self.over}")
 
     def _check(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_channels:

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from i3d_gn.norm.axes import Over
 from i3d_gn.norm.batch_renorm import BatchRenorm
 from i3d_gn.norm.frozen_batch_norm import FrozenBatchNorm
 from i3d_gn.norm.group_norm import GroupNorm
@@ -21,6 +22,7 @@ def make_norm(
     *,
     num_groups: int | None = None,
     channels_per_group: int | None = None,
+    over: Over = "thw",
     eps: float = 1e-5,
     spatial_dims: int = 3,
     stats_batch_size: int | None = None,
@@ -39,6 +41,7 @@ def make_norm(
         num_channels: C.
         num_groups: for `gn`; 32 if neither this nor `channels_per_group` is given.
         channels_per_group: for `gn`, instead of `num_groups` ([GN] Table 3).
+        over: for `gn`, `ln` and `in`: `thw`, `hw` or `causal`, see `GroupNorm`.
         eps: added to the variance.
         spatial_dims: 3 for video (N, C, T, H, W), 2 for images (N, C, H, W). Matters for `bn` only;
             the other layers take any number of dimensions.
@@ -60,6 +63,10 @@ def make_norm(
             f"num_groups={num_groups}, channels_per_group={channels_per_group} are for norm 'gn'; "
             f"do not set them for {name!r}"
         )
+    if name not in ("gn", "ln", "in") and over != "thw":
+        raise ValueError(
+            f"over={over!r} is for norms 'gn', 'ln' and 'in'; do not set it for {name!r}"
+        )
     if name not in ("bn", "brn") and stats_batch_size is not None:
         raise ValueError(
             f"stats_batch_size={stats_batch_size} is for norms 'bn' and 'brn'; do not set it for "
@@ -79,9 +86,11 @@ def make_norm(
                     f"num_groups={num_groups} and channels_per_group={channels_per_group} are "
                     "both given; give one of them"
                 )
-            return GroupNorm.from_channels_per_group(channels_per_group, num_channels, eps=eps)
+            return GroupNorm.from_channels_per_group(
+                channels_per_group, num_channels, eps=eps, over=over
+            )
         num_groups = DEFAULT_NUM_GROUPS if num_groups is None else num_groups
-        return GroupNorm(num_groups, num_channels, eps=eps)
+        return GroupNorm(num_groups, num_channels, eps=eps, over=over)
     if name == "brn":
         if r_max is d_max is schedule is None:
             return BatchRenorm(num_channels, eps=eps, stats_batch_size=stats_batch_size)
@@ -102,7 +111,7 @@ def make_norm(
     if name == "frozen_bn":
         return FrozenBatchNorm(num_channels, eps=eps)
     if name == "ln":
-        return GroupNorm(1, num_channels, eps=eps)
+        return GroupNorm(1, num_channels, eps=eps, over=over)
     if name == "in":
-        return GroupNorm(num_channels, num_channels, eps=eps)
+        return GroupNorm(num_channels, num_channels, eps=eps, over=over)
     return nn.Identity()

@@ -144,11 +144,12 @@ def normalize(
     num_chunks,
     iterations,
     RELU: tl.constexpr,
+    SILU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute y = (x - mean) * rstd * weight + bias, then + residual, then ReLU."""
+    """Compute y = (x - mean) * rstd * weight + bias, then + residual, then ReLU or SiLU."""
     # Last samples first: they were read last and may still be in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, channel, chunk = _locate(program, num_channels, num_chunks, BLOCK_C)
@@ -177,9 +178,22 @@ def normalize(
             residual_ptr += BLOCK_S * row_stride
         if RELU:
             y = tl.where(y < 0.0, 0.0, y)  # keeps NaN, unlike maximum
+        if SILU:
+            y *= tl.sigmoid(y)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
         x_ptr += BLOCK_S * row_stride
         y_ptr += BLOCK_S * row_stride
+
+
+@triton.jit
+def _through_activation(grad, x, RELU: tl.constexpr, SILU: tl.constexpr):
+    """The gradient of an activation's input x from that of its result."""
+    if RELU:
+        grad = tl.where(x <= 0.0, 0.0, grad)
+    if SILU:
+        sigmoid = tl.sigmoid(x)
+        grad *= sigmoid * (1.0 + x * (1.0 - sigmoid))
+    return grad
 
 
 @triton.jit
@@ -203,14 +217,15 @@ def partial_gradient_sums(
     num_chunks,
     iterations,
     RELU: tl.constexpr,
+    SILU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The two sums that all gradients need; `grad` is the gradient of the ReLU's input.
+    """The two sums that all gradients need; `grad` is the gradient of the activation's input.
 
     With RESIDUAL, the sign of the result is the ReLU's mask (the next convolution saves the result
-    anyway). Without, the mask is recomputed from x.
+    anyway). Without, the activation's input is recomputed from x.
     """
     sample, channel, chunk = _locate(tl.program_id(0), num_channels, num_chunks, BLOCK_C)
     row = tl.arange(0, BLOCK_S)
@@ -243,8 +258,8 @@ def partial_gradient_sums(
             tl.store(grad_residual_ptr + offset, grad_in_dtype, mask=inside)
             y_ptr += BLOCK_S * row_stride
             grad_residual_ptr += BLOCK_S * row_stride
-        elif RELU:
-            grad = tl.where(centered * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        else:
+            grad = _through_activation(grad, centered * scale[None, :] + bias[None, :], RELU, SILU)
         projection += grad * centered
         total += grad
         grad_y_ptr += BLOCK_S * row_stride
@@ -342,7 +357,7 @@ def _sum_over_entries(
 
 @triton.jit
 def input_gradient(
-    grad_ptr,  # gradient of the ReLU's input if RESIDUAL, otherwise of its output
+    grad_ptr,  # gradient of the activation's input if RESIDUAL, otherwise of its output
     x_ptr,
     grad_x_ptr,
     mean_ptr,
@@ -360,6 +375,7 @@ def input_gradient(
     num_chunks,
     iterations,
     RELU: tl.constexpr,
+    SILU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -388,8 +404,9 @@ def input_gradient(
         inside = (i * BLOCK_S + row < chunk_rows)[:, None] & in_channels[None, :]
         grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         centered = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
-        if RELU and not RESIDUAL:
-            grad = tl.where(centered * scale[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+        if not RESIDUAL:
+            before = centered * scale[None, :] + bias[None, :]
+            grad = _through_activation(grad, before, RELU, SILU)
         grad_x = grad * scale[None, :] - level[None, :] - centered * slope[None, :]
         tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         grad_ptr += BLOCK_S * row_stride

@@ -230,15 +230,16 @@ def test_custom_operators_are_registered_correctly(layout):
     x, residual, weight, bias, grad = tensors((2, 4, 2, 3, 3), layout, torch.float32)
     ops = torch.ops.i3d_gn
     forward = ops.group_norm_fused.default
-    torch.library.opcheck(forward, (x, residual, 2, weight, bias, 1e-5, True))
-    torch.library.opcheck(forward, (x, None, 2, weight, bias, 1e-5, False))
+    torch.library.opcheck(forward, (x, residual, 2, weight, bias, 1e-5, True, False))
+    torch.library.opcheck(forward, (x, None, 2, weight, bias, 1e-5, False, False))
+    torch.library.opcheck(forward, (x, None, 2, weight, bias, 1e-5, False, True))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    y, statistics = group_norm_fused(x, None, 2, weight, bias, 1e-5, True)
+    y, statistics = group_norm_fused(x, None, 2, weight, bias, 1e-5, True, False)
     recompute = (x, 2, weight, bias, statistics, True)
     torch.library.opcheck(ops.group_norm_fused_recompute.default, recompute)
     assert torch.equal(group_norm_fused_recompute(*recompute), y)
     for y_or_none in (y, None):
-        arguments = (grad, x, y_or_none, 2, weight, bias, statistics, True)
+        arguments = (grad, x, y_or_none, 2, weight, bias, statistics, True, False)
         torch.library.opcheck(ops.group_norm_fused_backward.default, arguments)
 
 
@@ -498,9 +499,10 @@ for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num
     for samples in (set(), {"num_samples"}):
         compile("combine_gradient_sums", ones | samples,
                 BLOCK=256, SUM_BLOCK_E=128, SUM_BLOCK_C=8)
-    for relu, residual in ((False, False), (True, False), (True, True)):
+    for fusion in ({}, {"RELU"}, {"SILU"}, {"RELU", "RESIDUAL"}):
+        options = {name: name in fusion for name in ("RELU", "SILU", "RESIDUAL")}
         for name in ("normalize", "partial_gradient_sums", "input_gradient"):
-            compile(name, ones, RELU=relu, RESIDUAL=residual, BLOCK_S=32, BLOCK_C=128)
+            compile(name, ones, **options, BLOCK_S=32, BLOCK_C=128)
 """
 
 
@@ -556,8 +558,9 @@ class TestOnGpu:
         x[:, :, ::2] = 2.0
         x[:, :, -1] = 1.0
         y, _ = group_norm_fused(
-            x, None, 32, torch.ones(64, device="cuda"), torch.zeros(64, device="cuda"), 1e-5, False
-        )
+            x, None, 32, torch.ones(64, device="cuda"), torch.zeros(64, device="cuda"), 1e-5,
+            False, False,
+        )  # fmt: skip
         expected = (32 / 33) ** -0.5
         for t, value in ((0, expected), (1, -expected), (31, -expected), (32, 0.0)):
             assert (y[:, :, t].float() - value).abs().max() < 0.01
