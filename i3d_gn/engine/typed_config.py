@@ -52,6 +52,7 @@ def load_typed(
     overrides: Sequence[str],
     schema: type[ConfigT],
     check: Callable[[ConfigT, Path], None],
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> ConfigT:
     """Read a YAML file as the dataclass `schema`, apply `key=value` overrides, `check` it.
 
@@ -61,6 +62,7 @@ def load_typed(
         overrides: `key=value`.
         schema: Of the config.
         check: Raises a ConfigError for values that are wrong although their types are right.
+        defaults: Other defaults than the schema's, by key, for the keys that are set.
 
     Raises:
         ConfigError: The file is missing or not YAML; a key is unknown, missing or has a wrong type;
@@ -84,10 +86,14 @@ def load_typed(
         if key in lines:  # once nested, once dotted
             raise ConfigError(f"{path}:{line}: {key} was already set in line {lines[key]}")
         lines[key] = line
+    given = [(key, value, f"{path}:{lines[key]}") for key, value in _flatten(_plain(values))]
+    given += _parse_overrides(overrides, schema)
     merged = _writable_schema(schema)
-    for key, value in _flatten(_plain(values)):
-        _assign(merged, key, value, f"{path}:{lines[key]}", schema)
-    _assign_overrides(merged, overrides, schema)
+    if defaults is not None:
+        for key, value in defaults({key: value for key, value, _ in given}).items():
+            _assign(merged, key, value, f"{path}: default", schema)
+    for key, value, where in given:
+        _assign(merged, key, value, where, schema)
     return _checked(merged, path, schema, check)
 
 
@@ -106,7 +112,8 @@ def from_dict(
     merged = _writable_schema(schema)
     for key, value in _flatten(values):
         _assign(merged, key, value, str(path), schema)
-    _assign_overrides(merged, overrides, schema)
+    for key, value, where in _parse_overrides(overrides, schema):
+        _assign(merged, key, value, where, schema)
     return _checked(merged, path, schema, check)
 
 
@@ -182,7 +189,9 @@ def check_numbers(
                     raise ConfigError(f"{where}{key} is {number}; it must {rule}")
 
 
-def _assign_overrides(merged: Any, overrides: Sequence[str], schema: type) -> None:
+def _parse_overrides(overrides: Sequence[str], schema: type) -> list[tuple[str, Any, str]]:
+    """Key, value and where it was set, of each."""
+    parsed = []
     for override in overrides:
         where = f"override {override!r}"
         key, equals, _ = override.partition("=")
@@ -193,8 +202,8 @@ def _assign_overrides(merged: Any, overrides: Sequence[str], schema: type) -> No
             values = OmegaConf.from_dotlist([override])
         except yaml.YAMLError as error:
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-        for inner_key, value in _flatten(_plain(values)):
-            _assign(merged, inner_key, value, where, schema)
+        parsed += [(inner_key, value, where) for inner_key, value in _flatten(_plain(values))]
+    return parsed
 
 
 def _find(path: str | Path) -> Path:

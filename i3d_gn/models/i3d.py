@@ -29,6 +29,7 @@ from i3d_gn.models.blocks import (
     make_stage,
     norm_relu,
 )
+from i3d_gn.models.network import VideoNetwork
 from i3d_gn.norm import BatchRenorm, GroupNorm, make_norm, saved_as
 
 STAGE_NAMES = ("res2", "res3", "res4", "res5")
@@ -77,7 +78,7 @@ class Head(nn.Module):
         return self.linear(self.dropout(pooled).movedim(1, -1)).movedim(-1, 1)
 
 
-class I3D(nn.Module):
+class I3D(VideoNetwork):
     """Inflated 3-D ResNet with bottleneck blocks, from clips to logits.
 
     Shapes for 32 frames of 224 x 224 pixels, ResNet-50 ([NL] `resnet_video_org`)::
@@ -113,6 +114,7 @@ class I3D(nn.Module):
     """
 
     stage_names = STAGE_NAMES
+    has_window = True
 
     def __init__(
         self,
@@ -200,6 +202,10 @@ class I3D(nn.Module):
     def pooled_features(self, clips: Tensor) -> Tensor:
         """What the linear classifier sees of clips: (N, C), the mean of the res5 map."""
         return self.feature_map(clips).mean((2, 3, 4))
+
+    def classifier(self) -> nn.Module:
+        """The linear layer of the head."""
+        return self.head.linear
 
     def feature_map(self, clips: Tensor) -> Tensor:
         """The res5 map (N, C, T', H', W') of clips (N, 3, T, H, W), see `forward`."""

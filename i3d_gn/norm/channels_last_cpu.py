@@ -53,7 +53,7 @@ def _rows(x: Tensor) -> Tensor:
 def _with_standard_strides(x: Tensor) -> Tensor:
     """A dense channels_last tensor, copied if dimensions of size 1 have nonstandard strides.
 
-    Such strides have no meaning, but group norm of torch 2.11 rejects some of them.
+    Such strides have no meaning, but group norm of torch up to 2.13 rejects some of them.
     """
     sizes, strides = x.shape, x.stride()
     standard = 1

@@ -89,7 +89,7 @@ def group_norm(
         y = group_norm(
             to_frames(x), num_groups, weight, bias, eps, relu=relu, silu=silu, residual=frames
         )
-        return to_clips(y, len(x), _memory_format(x))
+        return to_clips(y, x.shape[0], _memory_format(x))
     layout = _memory_format(x)
     if uses_fused_kernels(x):
         x, residual = _dense(x, residual, layout)
@@ -127,8 +127,10 @@ def group_norm_relu_with_recompute(
         over: `thw` or `hw`, see `group_norm`.
     """
     if over == "hw" and x.dim() == 5:
-        y, recompute = group_norm_relu_with_recompute(to_frames(x), num_groups, weight, bias, eps)
-        as_clips = partial(to_clips, num_clips=len(x), layout=_memory_format(x))
+        frames = to_frames(x)
+        frames, _ = _dense(frames, None, _memory_format(frames))
+        y, recompute = group_norm_relu_with_recompute(frames, num_groups, weight, bias, eps)
+        as_clips = partial(to_clips, num_clips=x.shape[0], layout=_memory_format(x))
         return as_clips(y), lambda: as_clips(recompute())
     assert over != "causal"
     weight, bias = _parameters(x, num_groups, weight, bias)
@@ -227,7 +229,7 @@ def _causal(
         y, _ = causal_group_norm_fused(
             frames, frame_residual, x.shape[2], num_groups, weight, bias, eps, relu, silu
         )
-        return to_clips(y, len(x), layout)
+        return to_clips(y, x.shape[0], layout)
     if x.is_meta:  # autocast does not support the meta device
         y = causal_group_norm(x, num_groups, weight, bias, eps)
     else:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -16,14 +17,18 @@ from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import RandomClips, TestVideos
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
-from i3d_gn.models import I3D, i3d_resnet50, i3d_resnet101, i3d_small, i3d_tiny
-from i3d_gn.models.inflate import NormMismatchError, load_imagenet_weights
-from i3d_gn.norm import make_norm, normalize_kernels
+from i3d_gn.models import I3D, VideoNetwork, i3d_resnet50, i3d_resnet101, i3d_small, i3d_tiny
+from i3d_gn.models.adapted_weights import load_adapted_weights
+from i3d_gn.models.inflate import InflationReport, NormMismatchError, load_imagenet_weights
+from i3d_gn.models.network import AdaptedNetwork
+from i3d_gn.models.pytorchvideo_networks import PytorchvideoName, pytorchvideo_network
+from i3d_gn.models.torchvision_video import TorchvisionName, torchvision_network
+from i3d_gn.norm import GroupNorm, make_norm, normalize_kernels
 from i3d_gn.video.config import Config
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.packed import host_of
 from i3d_gn.video_io.video_files import VideoFiles
-from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD
+from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ _VARIANTS = {
 }
 
 
-def build_model(config: Config, device: torch.device) -> I3D:
+def build_model(config: Config, device: torch.device) -> VideoNetwork:
     """The network of `config.model` on `device`, randomly initialized.
 
     Raises:
@@ -45,15 +50,38 @@ def build_model(config: Config, device: torch.device) -> I3D:
     model = config.model
     if not model.num_classes:
         raise ConfigError("the number of classes is not known; set model.num_classes")
-    norm = functools.partial(
-        make_norm,
-        model.norm,
-        num_groups=model.num_groups,
-        channels_per_group=model.channels_per_group,
-    )
-    explicit = model.num_groups is not None or model.channels_per_group is not None
+    built = _i3d(config) if model.name in _VARIANTS else _adapted(config)
+    clip, side = config.clip, config.test.short_side
+    if built.feature_size(clip.num_frames, side, side) < training_map(built, config):
+        raise ConfigError(
+            f"test.short_side {side} is too small for a network trained on crops of "
+            f"clip.crop_size {clip.crop_size}; use at least {clip.crop_size}"
+        )
+    built.to(device)
+    if uses_channels_last(config, device):
+        built.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return built
+
+
+def _group_options(config: Config) -> dict[str, Any]:
+    """The groups that the config sets, if any."""
+    model = config.model
+    options: dict[str, Any] = {
+        "num_groups": model.num_groups,
+        "channels_per_group": model.channels_per_group,
+    }
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def _i3d(config: Config) -> I3D:
+    model = config.model
+    options = _group_options(config)
+    if model.zero_init_last_norm and model.norm in ("none", "frozen_bn"):
+        logger.info(
+            "model.zero_init_last_norm has no effect: norm %s has no trainable gamma", model.norm
+        )
     built = _VARIANTS[model.name](
-        norm=norm if explicit else model.norm,
+        norm=functools.partial(make_norm, model.norm, **options) if options else model.norm,
         num_classes=model.num_classes,
         stem=model.stem,
         inflate=model.inflate,
@@ -65,27 +93,54 @@ def build_model(config: Config, device: torch.device) -> I3D:
     )
     if model.kernel_norm is not None:
         normalize_kernels(built, model.kernel_norm)
-    clip, side = config.clip, config.test.short_side
-    if built.feature_size(clip.num_frames, side, side) < training_map(built, config):
-        raise ConfigError(
-            f"test.short_side {side} is too small for a network trained on crops of "
-            f"clip.crop_size {clip.crop_size}; use at least {clip.crop_size}"
-        )
+    for layer in built.modules():
+        if isinstance(layer, GroupNorm):
+            layer.over = model.norm_over
     built.freeze(config.train.lr_multipliers.count(0))
-    built.to(device)
-    if uses_channels_last(config, device):
-        built.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return built
 
 
-def training_map(model: I3D, config: Config) -> tuple[int, int, int]:
+def _adapted(config: Config) -> AdaptedNetwork:
+    """A network of another library."""
+    model = config.model
+    options = {
+        "num_classes": model.num_classes,
+        "dropout": model.dropout,
+        "norm": model.norm,
+        "over": model.norm_over,
+        **_group_options(config),
+    }
+    if model.name in get_args(TorchvisionName):
+        return torchvision_network(cast(TorchvisionName, model.name), **options)
+    return pytorchvideo_network(cast(PytorchvideoName, model.name), **options)
+
+
+def load_weights(
+    model: VideoNetwork,
+    source: str | os.PathLike[str] | Weights,
+    *,
+    convolutions_only: bool = False,
+) -> InflationReport:
+    """Load weights by the reader of the network's library.
+
+    Raises:
+        ValueError: The weights cannot be read, or are those of another network.
+    """
+    if isinstance(model, AdaptedNetwork):
+        assert not isinstance(source, Weights)  # these have the names of I3D
+        return load_adapted_weights(model, source, convolutions_only)
+    assert isinstance(model, I3D)
+    return load_imagenet_weights(model, source, convolutions_only)
+
+
+def training_map(model: VideoNetwork, config: Config) -> tuple[int, int, int]:
     """Size (T, H, W) of the last feature map for a training clip."""
     clip = config.clip
     return model.feature_size(clip.num_frames, clip.crop_size, clip.crop_size)
 
 
 def load_starting_weights(
-    model: I3D, config: Config
+    model: VideoNetwork, config: Config
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Load the weights that the config names, if any, and log what was loaded.
 
@@ -101,7 +156,7 @@ def load_starting_weights(
     if config.model.weights is None:
         return mean or IMAGENET_MEAN, std or IMAGENET_STD
     try:
-        report = load_imagenet_weights(
+        report = load_weights(
             model,
             config.model.weights,
             convolutions_only=config.model.weights_convolutions_only,

@@ -17,7 +17,8 @@ class ClipClassifier(nn.Module):
         network: `forward(clips, window=...)`, as `I3D`.
         mean: RGB in [0, 1].
         std: RGB in [0, 1].
-        window: Rows and columns of the network's sliding window, see `I3D.forward`.
+        window: Rows and columns of the network's sliding window, see `I3D.forward`; None for a
+            network that averages the whole map.
         average: `softmax`: probabilities; `logits`: logits.
         input: What `forward` takes.
     """
@@ -28,7 +29,7 @@ class ClipClassifier(nn.Module):
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        window: tuple[int, int],
+        window: tuple[int, int] | None,
         average: str,
         input: Input = "uint8",
     ) -> None:
@@ -60,4 +61,4 @@ class ClipClassifier(nn.Module):
             clips = clips.permute(0, 4, 1, 2, 3).float() * scale + shift
         logits = self.network(clips.contiguous(), window=self.window).float()
         per_location = logits.softmax(dim=1) if self.average == "softmax" else logits
-        return per_location.mean(dim=(2, 3, 4))
+        return per_location if self.window is None else per_location.mean(dim=(2, 3, 4))

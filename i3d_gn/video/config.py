@@ -20,6 +20,7 @@ from i3d_gn.engine.typed_config import (
     load_typed,
     machine_key,
 )
+from i3d_gn.video.named_networks import I3D_OPTIONS, defaults_of, is_adapted
 
 # What `train.lr_multipliers` are for, in this order.
 LR_STAGES = ("conv1", "res2", "res3", "res4", "res5", "head")
@@ -30,18 +31,39 @@ class ModelConfig:
     """The network, and the weights it starts from."""
 
     # the network
-    name: Literal["i3d_resnet50", "i3d_resnet101", "i3d_small", "i3d_tiny"] = "i3d_resnet50"
+    # I3D, or a network of torchvision or pytorchvideo: docs/norms.md
+    name: Literal[
+        "i3d_resnet50",
+        "i3d_resnet101",
+        "i3d_small",
+        "i3d_tiny",
+        "r3d_18",
+        "mc3_18",
+        "r2plus1d_18",
+        "s3d",
+        "slow_r50",
+        "c2d_r50",
+        "i3d_r50",
+        "csn_r101",
+        "r2plus1d_r50",
+        "x3d_xs",
+        "x3d_s",
+        "x3d_m",
+        "slowfast_r50",
+    ] = "i3d_resnet50"
     num_classes: int = 0  # 0: as many as the index has
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"  # layer
     num_groups: int | None = None  # of gn; 32 unless channels_per_group is given
     channels_per_group: int | None = None  # of gn, instead of num_groups
     kernel_norm: Literal["weight_standardization"] | None = added_key(None)  # of convolutions
+    # of gn, ln and in: statistics over the clip, each frame, or each frame and those before it
+    norm_over: Literal["thw", "hw", "causal"] = added_key("thw")
     stem: Literal["strided", "8x8", "mmaction2"] = "strided"  # strided: 32 or 64 frames
     inflate: bool = True  # False: C2D, all temporal kernels are 1
     pool_padding: int = 0  # of pool1; 1 in PySlowFast and pytorchvideo
     stride_in: Literal["3x3", "1x1"] = "3x3"  # 1x1: original MSRA ResNet
     dropout: float = 0.5  # before the classifier
-    zero_init_last_norm: bool = True  # the last gamma of each block starts at 0
+    zero_init_last_norm: bool = True  # last gamma of a block starts at 0, if it is trainable
     checkpoint_stages: tuple[str, ...] = ()  # recompute in backward, e.g. [res2, res3]
     weights: str | None = None  # anything `i3d-gn convert` reads; 2-D weights are inflated
     weights_convolutions_only: bool = False  # for weights of a network with another norm
@@ -167,7 +189,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file is missing or not YAML; a key is unknown, missing or out of range, or
             has a wrong type.
     """
-    return load_typed(path, overrides, Config, _check_values)
+    return load_typed(path, overrides, Config, _check_values, defaults=defaults_of)
 
 
 def config_of_checkpoint(
@@ -191,6 +213,35 @@ def config_of_values(values: dict[str, Any], path: Path, overrides: Sequence[str
     """
     unused = {"output_dir": "", "data": {"train_index": "", "val_index": ""}, "train": {"steps": 1}}
     return from_dict({**unused, **values}, path, Config, _check_values, overrides)
+
+
+def _check_model(config: Config, path: Path) -> None:
+    """Check that the options fit the norm and the network."""
+    model = config.model
+    if model.num_groups is not None and model.channels_per_group is not None:
+        raise ConfigError(f"{path}: set model.num_groups or model.channels_per_group, not both")
+    if model.norm_over != "thw" and model.norm not in ("gn", "ln", "in"):
+        raise ConfigError(
+            f"{path}: model.norm_over {model.norm_over} is for model.norm gn, ln and in, not for "
+            f"{model.norm}"
+        )
+    if not is_adapted(model.name):
+        return
+    for option in I3D_OPTIONS:
+        if getattr(model, option) != getattr(ModelConfig, option):
+            raise ConfigError(
+                f"{path}: model.{option} is an option of i3d networks; remove it for {model.name}"
+            )
+    if config.train.lr_multipliers:
+        raise ConfigError(
+            f"{path}: train.lr_multipliers are for the stages of i3d networks; remove them for "
+            f"{model.name}"
+        )
+    if config.test.spatial == "full":
+        raise ConfigError(
+            f"{path}: test.spatial is full, but {model.name} is not fully convolutional; use "
+            "three_crop or center"
+        )
 
 
 def _check_values(config: Config, path: Path) -> None:
@@ -255,6 +306,7 @@ def _check_values(config: Config, path: Path) -> None:
     if (config.train.steps == 0) == (config.train.epochs is None):
         both = ", not both" if config.train.steps else ""
         raise ConfigError(f"{path}: set train.steps or train.epochs{both}")
+    _check_model(config, path)
     clip = config.clip
     if clip.rand_augment > 30:
         raise ConfigError(f"{path}: clip.rand_augment is {clip.rand_augment}; it must be up to 30")
@@ -271,8 +323,6 @@ def _check_values(config: Config, path: Path) -> None:
     for key, value in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
         if value is not None and len(value) != 3:
             raise ConfigError(f"{path}: {key} is {list(value)}; expected three numbers")
-    if config.model.num_groups is not None and config.model.channels_per_group is not None:
-        raise ConfigError(f"{path}: set model.num_groups or model.channels_per_group, not both")
     if config.train.global_batch_size % config.train.clips_per_gpu:
         raise ConfigError(
             f"{path}: train.global_batch_size {config.train.global_batch_size} is not a multiple "

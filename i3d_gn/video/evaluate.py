@@ -18,7 +18,7 @@ from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, to_dict
 from i3d_gn.files import file_sha256, print_line, write_json
-from i3d_gn.models import I3D
+from i3d_gn.models import VideoNetwork
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
 from i3d_gn.video.multi_clip import VideoScorer, score_videos
@@ -90,7 +90,7 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
 
 
 def evaluate_model(
-    model: I3D,
+    model: VideoNetwork,
     index: VideoIndex,
     config: Config,
     to_device: ToDevice,
@@ -111,13 +111,13 @@ def evaluate_model(
     )
 
 
-def video_scorer(model: I3D, config: Config, to_device: ToDevice) -> VideoScorer:
+def video_scorer(model: VideoNetwork, config: Config, to_device: ToDevice) -> VideoScorer:
     """What scores a video as `config.test` says."""
     _, *window = build.training_map(model, config)
     return VideoScorer(
         model,
         to_device,
-        window=(window[0], window[1]),
+        window=(window[0], window[1]) if model.has_window else None,
         average=config.test.average,
         clips_per_forward=config.test.clips_per_forward,
     )

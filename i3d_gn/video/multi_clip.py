@@ -26,10 +26,11 @@ class VideoScorer:
 
     The network runs fully convolutionally ([NL] test_net_video.py): average pooling over all of
     time and a sliding window of the last feature map, at stride 1, then the classifier at each
-    location.
+    location. Networks of other libraries have no window: they average the whole map of a crop.
 
     Attributes:
-        model: The network, in eval mode: `forward(clips, window=...) -> (N, K, 1, h, w)`.
+        model: The network, in eval mode: `forward(clips, window=...) -> (N, K, 1, h, w)`, or
+            (N, K) without a window.
         to_device: Normalizes clips on the network's device.
         window: Rows and columns of the sliding window: the feature map of a training crop.
         average: "softmax" is [NL]'s mean of probabilities, "logits" pytorchvideo's mean of logits.
@@ -38,7 +39,7 @@ class VideoScorer:
 
     model: nn.Module
     to_device: ToDevice
-    window: tuple[int, int]
+    window: tuple[int, int] | None
     average: Literal["softmax", "logits"]
     clips_per_forward: int
 
@@ -56,7 +57,10 @@ class VideoScorer:
                 with self.to_device.autocast():
                     logits = self.model(self.to_device(clips), window=self.window).float()
                 per_location = logits.softmax(dim=1) if self.average == "softmax" else logits
-                scores = per_location.double().mean(dim=(2, 3, 4)).sum(dim=0)
+                scores = per_location.double()
+                if self.window is not None:
+                    scores = scores.mean(dim=(2, 3, 4))
+                scores = scores.sum(dim=0)
                 total = scores if total is None else total + scores
         assert total is not None
         return total / (len(video.crops) * len(video.clips))

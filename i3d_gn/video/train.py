@@ -27,7 +27,7 @@ from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.mixing import MixSamples
 from i3d_gn.engine.precise_bn import get_bn_modules, update_bn_stats
 from i3d_gn.engine.run_log import RunLog
-from i3d_gn.models import I3D
+from i3d_gn.models import VideoNetwork
 from i3d_gn.video import build
 from i3d_gn.video.config import LR_STAGES, Config
 from i3d_gn.video.evaluate import evaluate_model
@@ -96,7 +96,7 @@ class VideoTraining(ClassificationTask):
         )
         build.warn_of_shared_videos(self.train_index, self.val_index)
 
-    def build_model(self) -> I3D:
+    def build_model(self) -> VideoNetwork:
         """The network of the config."""
         return build.build_model(self.config, self.process.device)
 
@@ -118,7 +118,7 @@ class VideoTraining(ClassificationTask):
 
     def load_weights(self, model: nn.Module) -> None:
         """Inflate or load the weights that the config names."""
-        assert isinstance(model, I3D)
+        assert isinstance(model, VideoNetwork)
         mean, std = build.load_starting_weights(model, self.config)
         self.to_device = build.to_device(self.config, self.process, mean=mean, std=std)
 
@@ -173,10 +173,10 @@ class VideoTraining(ClassificationTask):
             step, recipe.steps, values["loss"], values["top1"], values["top5"],
         )  # fmt: skip
         if recipe.validate_multi_clip:
-            assert isinstance(model, I3D)
+            assert isinstance(model, VideoNetwork)
             self._validate_multi_clip(model, step, log)
 
-    def _validate_multi_clip(self, model: I3D, step: int, log: RunLog) -> None:
+    def _validate_multi_clip(self, model: VideoNetwork, step: int, log: RunLog) -> None:
         folder = Path(self.config.output_dir) / f"val_step_{step:08d}"
         if self.process.is_main:  # a run that stopped here left scores of other weights
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,8 +10,7 @@ import torch
 from i3d_gn.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state
 from i3d_gn.engine.classification import saved_normalization
 from i3d_gn.engine.typed_config import differences, to_dict
-from i3d_gn.models import I3D
-from i3d_gn.models.inflate import load_imagenet_weights
+from i3d_gn.models import VideoNetwork
 from i3d_gn.video import build
 from i3d_gn.video.config import ClipConfig, Config, ModelConfig
 from i3d_gn.weights.download import is_published_name
@@ -37,7 +36,7 @@ class TrainedNetwork:
         step: Optimizer steps of the training; None if the file does not say.
     """
 
-    model: I3D
+    model: VideoNetwork
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None
@@ -97,7 +96,7 @@ def trained_from_weights(
     With `needs_head`, the classifier must be among them; otherwise those of images are inflated.
     """
     model = build.build_model(config, device)
-    report = load_imagenet_weights(model, weights)
+    report = build.load_weights(model, weights)
     if needs_head and report.left_at_init:
         raise CheckpointError(
             f"{path} is not a trained network of this config: it has no weights for "

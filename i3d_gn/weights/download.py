@@ -11,9 +11,14 @@ import torchvision
 
 logger = logging.getLogger(__name__)
 
-_TORCHVISION_ENUM = re.compile(r"(ResNet50|ResNet101|VGG16|VGG16_BN)_Weights\.\w+")
+_TORCHVISION_ENUM = re.compile(
+    r"(ResNet50|ResNet101|VGG16|VGG16_BN|R3D_18|MC3_18|R2Plus1D_18|S3D)_Weights\.\w+"
+)
 _PYTORCHVIDEO_ZOO = "pytorchvideo/"
-_ZOO_NAMES = ("i3d_r50", "c2d_r50")
+_ZOO_NAMES = (
+    "i3d_r50", "c2d_r50", "slow_r50", "csn_r101", "r2plus1d_r50", "x3d_xs", "x3d_s", "x3d_m",
+    "slowfast_r50",
+)  # fmt: skip
 # File names of torchvision's weights end in the first digits of their SHA-256.
 _SHA256_PREFIX = re.compile(r"-([0-9a-f]+)\.")
 
@@ -71,11 +76,18 @@ def _zoo_url(name: str) -> str:
     with warnings.catch_warnings():
         # It scripts functions on import, which current torch has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        from pytorchvideo.models.hub.resnet import checkpoint_paths  # noqa: PLC0415 slow import
+        from pytorchvideo.models.hub import (  # noqa: PLC0415 slow import
+            csn,
+            r2plus1d,
+            resnet,
+            slowfast,
+            x3d,
+        )  # fmt: skip
     zoo_name = name.removeprefix(_PYTORCHVIDEO_ZOO)
     if zoo_name not in _ZOO_NAMES:
         raise ValueError(
             f"weights {name}: not supported; of pytorchvideo's zoo use one of "
             f"{', '.join(_PYTORCHVIDEO_ZOO + known for known in _ZOO_NAMES)}"
         )
-    return checkpoint_paths[zoo_name]
+    libraries = (resnet, csn, r2plus1d, x3d, slowfast)
+    return next(m.checkpoint_paths[zoo_name] for m in libraries if zoo_name in m.checkpoint_paths)

@@ -134,6 +134,11 @@ KEYS = {
             b.model.conv1, "parametrizations", {"weight": ()})["weight"]],
         ["WeightStandardization"],
     ),
+    "model.norm_over": (
+        ["model.norm_over=hw"],
+        lambda b: {layer.over for layer in b.layers(nn.GroupNorm)},
+        {"hw"},
+    ),
     "model.stem": (["model.stem=8x8"], lambda b: b.model.conv1.stride, (1, 2, 2)),
     "model.inflate": (["model.inflate=false"], lambda b: b.model.conv1.kernel_size, (1, 7, 7)),
     "model.pool_padding": (["model.pool_padding=1"], lambda b: b.model.pool1.padding, (0, 1, 1)),

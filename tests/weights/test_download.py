@@ -95,4 +95,4 @@ def test_pytorchvideo_zoo_is_downloaded(published, monkeypatch):
     )  # fmt: skip
     assert torch.equal(weights.tensors["res5.0.conv2.weight"], network.res5[0].conv2.weight)
     with pytest.raises(ValueError, match=r"use one of pytorchvideo/i3d_r50, pytorchvideo/c2d_r50"):
-        read_weights("pytorchvideo/slowfast_r50")
+        read_weights("pytorchvideo/mvit_base_16x4")
