@@ -181,6 +181,8 @@ def _goes_back(pts: np.ndarray, frame: np.ndarray, is_key: np.ndarray) -> bool:
     """
     position = np.arange(len(pts))
     keys = np.flatnonzero(is_key)
+    if not len(keys):  # an edit list may hide all of them
+        return bool(np.any(position - frame > _MAX_WAITING))
     previous = np.searchsorted(keys, position, side="right") - 2
     before_previous = (previous >= 0) & (pts < pts[keys[np.maximum(previous, 0)]])
     return bool(np.any(before_previous | (position - frame > _MAX_WAITING)))

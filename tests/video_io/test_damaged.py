@@ -48,6 +48,8 @@ def test_packet_shown_before_an_earlier_keyframe_is_not_trusted(
         ([0, 1, 2, 5, 3, 4, 9, 4.5, 7], [0, 3, 6], True),  # before the keyframe before
         ([0, *range(2, 18), 1], [0], False),  # as many frames wait as the buffer holds
         ([0, *range(2, 19), 1], [0], True),
+        ([0, 1, 2], [], False),  # an edit list hides the keyframe
+        ([*range(1, 19), 0], [], True),
     ],
 )
 def test_how_far_timestamps_may_go_back(pts, keys, expected):
