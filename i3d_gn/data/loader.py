@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from i3d_gn.data.batches import Batch, Sample
 from i3d_gn.data.videos import TestVideo, TestVideos
@@ -148,6 +149,8 @@ class _Workers(Generic[ItemT]):
             loader.dataset, self._checked(keys, num_workers), num_workers, loader.device, poll
         )
         self._items = iter(data_loader)
+        if getattr(handler, "__module__", None) == signal_handling.__name__:
+            handler = signal.SIG_DFL  # of another loader of this program
         with contextlib.suppress(ValueError):  # outside the main thread torch installs none
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self._processes = set(multiprocessing.active_children()) - before

@@ -76,10 +76,8 @@ def _group_options(config: Config) -> dict[str, Any]:
 def _i3d(config: Config) -> I3D:
     model = config.model
     options = _group_options(config)
-    if model.zero_init_last_norm and model.norm in ("none", "frozen_bn"):
-        logger.info(
-            "model.zero_init_last_norm has no effect: norm %s has no trainable gamma", model.norm
-        )
+    if model.zero_init_last_norm and model.norm == "none":
+        logger.info("model.zero_init_last_norm has no effect: norm none has no gamma")
     built = _VARIANTS[model.name](
         norm=functools.partial(make_norm, model.norm, **options) if options else model.norm,
         num_classes=model.num_classes,

@@ -11,6 +11,7 @@ from multiprocessing import resource_sharer
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.loader import (
@@ -166,12 +167,26 @@ def stop():
 def test_sample_that_breaks_its_worker_is_skipped(breaks, reason, caplog):
     data = Numbers(breaks, {5, 12})
     loader = Loader(data, KEYS, num_workers=2, device=CPU, timeout_seconds=2)
-    handler = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, handler := signal.SIG_DFL)
     got = torch.cat([torch.as_tensor(item) for item in loader]).tolist()
     assert got == [-n if n in (5, 12) else n for n in range(1, 17)]
     assert re.search(reason, data.reason)
     assert re.search(reason, caplog.text)
     assert signal.getsignal(signal.SIGCHLD) == handler
+    assert not multiprocessing.active_children()
+
+
+def test_workers_are_killed_beside_another_loader_of_the_program(monkeypatch):
+    """torch installs a handler, once, that raises in the main program when any worker dies."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    assert len(list(DataLoader(Numbers(crash), sampler=KEYS, batch_size=None, num_workers=1))) == 8
+    assert signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL
+    loader = Loader(Numbers(hang, {5}), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    for _ in range(8):
+        items = iter(loader)
+        next(items)
+        items.close()  # kills the workers
     assert not multiprocessing.active_children()
 
 

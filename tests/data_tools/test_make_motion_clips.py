@@ -150,4 +150,4 @@ def test_invalid_arguments(tmp_path, capsys):
     assert "the seed must be 0 or more, not -1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(tmp_path, "--train-clips", 0)
-    assert "0 is not 1 or more" in capsys.readouterr().err
+    assert "0 is not between 1 and" in capsys.readouterr().err

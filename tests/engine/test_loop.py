@@ -236,6 +236,7 @@ def assert_same_run(whole, folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("step", [13, 30, 40])  # between events, before a validation, at a log line
 def test_signal_finishes_the_step_and_saves_a_checkpoint(tmp_path, number, step):
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     train(tmp_path / "whole", ToyTask(recipe()))
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=f"{number.name} after step {step}, with a checkpoint"):

@@ -26,6 +26,7 @@ class ColorNetwork(nn.Module):
     """Knows three classes: how much red, how much blue there is, and one that is never seen."""
 
     stage_names = ("colors",)
+    has_window = True
 
     def __init__(self):
         super().__init__()
