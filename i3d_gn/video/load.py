@@ -111,5 +111,5 @@ def _config_values(weights: Weights, source: str) -> dict[str, Any]:
         "inflate": info.inflate,
         "pool_padding": info.pool_padding,
     }
-    clip = _CLIP_8X8 if info.stem == "8x8" else {}
-    return {"model": {k: v for k, v in model.items() if v is not None}, "clip": clip}
+    settings = info.settings or {"clip": _CLIP_8X8 if info.stem == "8x8" else {}}
+    return {"model": {k: v for k, v in model.items() if v is not None}, **settings}

@@ -107,7 +107,8 @@ def trained_from_weights(
         raise CheckpointError(
             f"{path} does not say how clips must be normalized; set data.mean and data.std"
         )
-    return TrainedNetwork(model, mean, std, class_names=None, config=None, step=None)
+    names = report.info.class_names if needs_head else None
+    return TrainedNetwork(model, mean, std, class_names=names, config=None, step=None)
 
 
 def _check_same_model(trained: dict[str, Any], config: Config, path: Path) -> None:

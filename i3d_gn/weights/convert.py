@@ -42,8 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     facts = ", ".join(
         f"{key} {value}"
         for key, value in dataclasses.asdict(weights.info).items()
-        if value is not None
+        if value is not None and key not in {"class_names", "settings"}
     )
+    if weights.info.class_names is not None:
+        facts += f", {len(weights.info.class_names)} class names"
     origin = ""
     if weights.other_entries:
         origin = f" of {weights.entry} (--entry selects {' or '.join(weights.other_entries)})"

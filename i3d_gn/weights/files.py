@@ -90,8 +90,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsInfo | None
 def _info_from_json(text: str, path: Path) -> WeightsInfo:
     try:
         values = json.loads(text)
-        for key in ("mean", "std"):
-            values[key] = None if values[key] is None else tuple(values[key])
+        for key in ("mean", "std", "class_names"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
         return WeightsInfo(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What must be known of a network, beside its tensors, to use its weights. No torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 STEM_NAMES = ("strided", "8x8", "mmaction2")
 
@@ -21,6 +22,8 @@ class WeightsInfo:
         stem: Of video networks, see `i3d_gn.models.I3D`.
         inflate: Of video networks: whether kernels extend over time.
         pool_padding: Of video networks: spatial padding of pool1.
+        class_names: Of a trained video network, by class id.
+        settings: Of a trained video network: sections `clip` and `test` of its config.
     """
 
     source: str
@@ -34,3 +37,5 @@ class WeightsInfo:
     stem: str | None = None
     inflate: bool | None = None
     pool_padding: int | None = None
+    class_names: tuple[str, ...] | None = None
+    settings: dict[str, Any] | None = None

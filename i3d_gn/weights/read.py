@@ -305,6 +305,8 @@ def _info_of_config(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         stem=model["stem"] if is_video else None,
         inflate=model["inflate"] if is_video else None,
         pool_padding=model["pool_padding"] if is_video else None,
+        class_names=tuple(content["class_names"]) if "class_names" in content else None,
+        settings={k: content["config"][k] for k in ("clip", "test")} if is_video else None,
     )
 
 

@@ -342,15 +342,19 @@ def test_checkpoints_describe_their_network(model, expected, spatial_dims):
     }
     if expected["norm"] == "bn":
         state["norm1.running_mean"] = torch.zeros(1)
-    config = {"model": {**VIDEO_MODEL, **model}}
-    normalization = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    info = read_weights({"config": config, "input": normalization, "model": state}).info
+    config = {"model": {**VIDEO_MODEL, **model}, "clip": {"stride": 2}, "test": {"num_clips": 3}}
+    content = {"config": {**config, "seed": 0}, "model": state}
+    content["input"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    if spatial_dims == 3:
+        content["class_names"] = ["a", "b"]
+    info = read_weights(content).info
     wanted = {
         "source": "i3d_gn", "spatial_dims": spatial_dims, "stride_in": "1x1",
         "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), **expected,
     }  # fmt: skip
     if spatial_dims == 3:
-        wanted |= {"stem": "8x8", "inflate": False, "pool_padding": 1}
+        wanted |= {"stem": "8x8", "inflate": False, "pool_padding": 1, "class_names": ("a", "b")}
+        wanted["settings"] = {"clip": {"stride": 2}, "test": {"num_clips": 3}}
     assert info == WeightsInfo(**wanted)
 
 
