@@ -22,6 +22,7 @@ from i3d_gn.video.load import load_network
 from i3d_gn.video_io.index import VideoIndex
 
 CPU = torch.device("cpu")
+DEMO_NETWORK = Path(__file__).parents[2] / "docs" / "results" / "demo_gn.safetensors"
 
 
 @pytest.fixture
@@ -191,6 +192,19 @@ def test_converted_weights_give_the_same(trained_checkpoint, index, tmp_path):
     np.testing.assert_array_equal(ours(video).scores, theirs(video).scores)
     assert ours(video).top(3) == theirs(video).top(3)
     assert ours.class_names == index.class_names
+
+
+def test_network_of_the_demo_knows_the_motions(index):
+    """On clips that it has not been trained on, of the same kind but shorter."""
+    assert DEMO_NETWORK.stat().st_size < 2e6
+    recognizer = Recognizer.from_checkpoint(DEMO_NETWORK, device="cpu")
+    assert recognizer.class_names == index.class_names
+    right = [
+        prediction.top(1)[0][0] == index.class_names[label]
+        for prediction, label in zip(recognizer.predict(index), index.labels, strict=True)
+    ]
+    assert len(right) == 6
+    assert all(right)
 
 
 @pytest.mark.parametrize(
