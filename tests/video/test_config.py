@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_short_side_smaller_than_the_training_crop_is_an_error_at_build():
 def header_of(path):
     lines = path.read_text().splitlines()
     return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def test_documented_fine_tuning_of_a_named_network_is_a_valid_config():
+    page = (REPOSITORY / "docs" / "norms.md").read_text()
+    (command,) = re.findall(r"i3d-gn train (configs/finetune.yaml .*?)\n\n", page, flags=re.S)
+    path, *overrides = shlex.split(command.replace("\\\n", " "))
+    assert load_config(REPOSITORY / path, overrides).model.name == "x3d_s"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
