@@ -37,7 +37,7 @@ import yaml
 from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.engine.stop_signals import StopSignals
 from i3d_gn.engine.typed_config import ConfigError
-from i3d_gn.files import write_json
+from i3d_gn.files import printable, write_json
 
 _KEYS = {"config", "commands", "output_dir", "axes"}
 
@@ -123,13 +123,13 @@ def run_grid(runs: Sequence[GridRun], *, jobs: int, devices: Sequence[str] = ())
                     free.append(device)
                     if process.returncode:
                         failed.append(run)
-                        print(f"failed, see {run.folder / 'grid.log'}", flush=True)
+                        print(printable(f"failed, see {run.folder / 'grid.log'}"), flush=True)
                         continue
                     write_json(run.folder / "grid.json", run.commands[: run.num_done() + 1])
                     if run.num_done() < len(run.commands):
                         waiting.insert(0, run)
                     else:
-                        print(f"done: {run.folder}", flush=True)
+                        print(printable(f"done: {run.folder}"), flush=True)
     finally:
         for process in running:
             process.send_signal(signal.SIGTERM)

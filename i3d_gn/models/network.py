@@ -1,5 +1,6 @@
 """What training, testing and everything after them need of a video network."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class VideoNetwork(nn.Module):
+class VideoNetwork(nn.Module, ABC):
     """A classifier of clips: I3D, or a network of another library in an adapter.
 
     Attributes:
@@ -18,25 +19,25 @@ class VideoNetwork(nn.Module):
     stage_names: tuple[str, ...]
     has_window: bool = False
 
+    @abstractmethod
     def forward(self, clips: Tensor, *, window: tuple[int, int] | None = None) -> Tensor:
         """Clips (N, 3, T, H, W) to logits (N, K), or with a window (N, K, 1, H', W')."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pooled_features(self, clips: Tensor) -> Tensor:
         """Clips (N, 3, T, H, W) to what the classifier sees, (N, C), averaged over positions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def feature_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Size (T, H, W) of the last feature map for clips of this size.
 
         Raises:
             ValueError: The clip is too small for the network, or of an unsuitable size.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def classifier(self) -> nn.Module:
         """The last layer, from features to logits."""
-        raise NotImplementedError
 
 
 class AdaptedNetwork(VideoNetwork):

@@ -112,7 +112,7 @@ def evaluate_model(
 
 
 def video_scorer(model: VideoNetwork, config: Config, to_device: ToDevice) -> VideoScorer:
-    """What scores a video as `config.test` says."""
+    """The scorer of test videos that `config.test` describes."""
     _, *window = build.training_map(model, config)
     return VideoScorer(
         model,

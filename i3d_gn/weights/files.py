@@ -66,7 +66,10 @@ def write_safetensors(
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(dataclasses.asdict(info))}
     try:
         with atomic_output(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(own_memory, temporary, metadata=metadata)
+            temporary.chmod(mode)  # safetensors makes a file that only its owner can read
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be written ({error}); give the path of a file in a writable folder"

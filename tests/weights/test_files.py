@@ -245,3 +245,10 @@ def test_damaged_metadata(tmp_path):
         safetensors.torch.save_file(tensors, tmp_path / "w", metadata={"i3d_gn": text})
         with pytest.raises(ValueError, match=r"convert the original again"):
             read_weights(tmp_path / "w")
+
+
+def test_written_file_has_the_permissions_of_any_new_file(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, WeightsInfo("x", 2, "bn"))
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
