@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -141,7 +142,8 @@ class _Workers(Generic[ItemT]):
     def __init__(self, loader: Loader[ItemT], keys: Iterable[Any], num_workers: int) -> None:
         self._dataset: Any = loader.dataset
         self._limit = loader.timeout_seconds
-        poll = min(_POLL_SECONDS, self._limit)
+        self._too_slow = False
+        poll = min(_POLL_SECONDS, self._limit / 2)  # a death is noticed before the time limit
         before = set(multiprocessing.active_children())
         # torch's handler would raise wherever the main program happens to be.
         handler = signal.getsignal(signal.SIGCHLD)
@@ -159,29 +161,44 @@ class _Workers(Generic[ItemT]):
         return self
 
     def __next__(self) -> ItemT:
-        started, reported = time.monotonic(), False
+        arrived = threading.Event()
+        threading.Thread(target=self._watch, args=(arrived,), daemon=True).start()
+        try:
+            return self._receive()
+        finally:
+            arrived.set()
+
+    def _receive(self) -> ItemT:
         while True:
             try:
                 return next(self._items)
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 if str(error).startswith("Caught"):  # by the dataset, in the worker
                     raise
-                raise self._died() from error  # while it was handing over an item
+                raise self._lost() from error  # while it was handing over an item
             except RuntimeError as error:
-                waited = time.monotonic() - started
                 if str(error).startswith("DataLoader worker"):
-                    raise self._died() from error
+                    raise self._lost() from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
-                if waited >= self._limit:
-                    raise _WorkerLostError(
-                        f"a loader worker took longer than {self._limit:g} s"
-                    ) from error
-                if waited >= _STALL_SECONDS and not reported:
-                    reported = True
-                    logger.warning("waiting for data for %.0f s: %s", waited, self._next_names())
 
-    def _died(self) -> _WorkerLostError:
+    def _watch(self, arrived: threading.Event) -> None:
+        """Report a stall, and end the workers at the time limit; runs in a thread.
+
+        The time limit of torch does not apply while a tensor is handed over: the main process then
+        waits for its worker, which may be stopped, until the worker ends.
+        """
+        stall = min(_STALL_SECONDS, self._limit)
+        if not arrived.wait(stall) and stall < self._limit:
+            logger.warning("waiting for data for %.0f s: %s", stall, self._next_names())
+        if not arrived.wait(self._limit - stall):
+            self._too_slow = True
+            for process in self._processes:
+                process.kill()
+
+    def _lost(self) -> _WorkerLostError:
+        if self._too_slow:
+            return _WorkerLostError(f"a loader worker took longer than {self._limit:g} s")
         for process in self._processes:
             process.join(timeout=0.1)
         codes = {process.exitcode for process in self._processes} - {None, 0}
@@ -209,7 +226,7 @@ class _Workers(Generic[ItemT]):
     def _next_names(self) -> str:
         if not hasattr(self._dataset, "describe"):
             return "next keys unknown"
-        return "; ".join(self._dataset.describe(key) for key in self._outstanding)
+        return "; ".join(self._dataset.describe(key) for key in tuple(self._outstanding))
 
 
 def batch_loader(

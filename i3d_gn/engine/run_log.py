@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,9 @@ class _TensorBoard:
         self._writer = None
         self._config = config
         self._metrics: dict[str, float] = {}  # tags that are results, with their last values
+        # The writer's thread fails with a traceback; its next call raises the same error.
+        self._thread_excepthook = threading.excepthook
+        threading.excepthook = self._report_other_threads
         try:
             # Imports torch, which reading a log does not need.
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
@@ -161,7 +165,10 @@ class _TensorBoard:
         """Write the hyperparameters, flush, close."""
         if self._config is not None:
             self._try_call(self._add_hparams)
+        self._try("flush")
         self._try("close")
+        if threading.excepthook == self._report_other_threads:
+            threading.excepthook = self._thread_excepthook
 
     def _add_hparams(self) -> None:
         """Add the config, and which scalars are results, to the same file as the scalars.
@@ -178,6 +185,11 @@ class _TensorBoard:
         }
         for summary in hparams(values, self._metrics):
             self._writer.file_writer.add_summary(summary)
+
+    def _report_other_threads(self, failure: threading.ExceptHookArgs) -> None:
+        of_writer = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (of_writer and isinstance(failure.exc_value, OSError)):
+            self._thread_excepthook(failure)
 
     def _try(self, method: str, *arguments: Any) -> None:
         if self._writer is not None:

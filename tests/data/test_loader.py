@@ -156,14 +156,21 @@ def hang():
     time.sleep(1000)
 
 
-def stop():
-    os.kill(os.getpid(), signal.SIGSTOP)
+def stop_while_handing_over():
+    """Announce an item, but stop before its tensor is collected."""
+
+    def stops(_sharer):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    resource_sharer._ResourceSharer._serve = stops  # of this worker alone
 
 
 @pytest.mark.parametrize(
     ("breaks", "reason"),
-    [(crash, r"worker died \(SIGSEGV\)"), (hang, "longer than 2 s"), (stop, "longer than 2 s")],
-)
+    [(crash, r"worker died \(SIGSEGV\)"), (hang, "longer than 2 s"),
+     (stop_while_handing_over, "longer than 2 s")],
+)  # fmt: skip
 def test_sample_that_breaks_its_worker_is_skipped(breaks, reason, caplog):
     data = Numbers(breaks, {5, 12})
     loader = Loader(data, KEYS, num_workers=2, device=CPU, timeout_seconds=2)

@@ -1,9 +1,11 @@
+import threading
 import time
 from dataclasses import dataclass
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_log import RunLog, read_log
@@ -101,6 +103,21 @@ def test_tensorboard_that_cannot_write_does_not_stop_the_log(tmp_path, caplog):
         log.flush()
     assert len(read_log(tmp_path / "log.jsonl")) == 2
     assert caplog.text.count("TensorBoard events cannot be written") == 1
+
+
+def test_disk_full_while_tensorboard_writes_is_one_warning(tmp_path, caplog, capfd, monkeypatch):
+    """TensorBoard writes in a thread, whose traceback would be printed."""
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    hook = threading.excepthook
+    with RunLog(tmp_path, last_step=0) as log:
+        monkeypatch.setattr(RecordWriter, "write", disk_full)
+        log.write("a", 1, {"x": 0.5})
+    assert caplog.text.count("TensorBoard events cannot be written") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook == hook
 
 
 def test_disabled_log_writes_nothing(tmp_path):
