@@ -45,8 +45,8 @@ MOTIONS = {
 }
 WIDTH, HEIGHT, FRAME_RATE = 128, 96, 25
 SPEED_RANGE = (1.0, 2.5)  # pixels per frame
+TEXTURE_SIZE = 256
 
-_TEXTURE_SIZE = 256
 # Wavelengths of the texture, in pixels. The shortest is more than twice the motion of a few frames:
 # otherwise a motion looks like its opposite.
 _WAVELENGTHS = (12.0, 96.0)
@@ -130,18 +130,34 @@ def make_motion_clips(
     return len(step.results) - step.num_kept, step.num_kept
 
 
-def render_clip(motion: str, *, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+def render_clip(
+    motion: str,
+    *,
+    num_frames: int,
+    rng: np.random.Generator,
+    texture: np.ndarray | None = None,
+    speed_range: tuple[float, float] = SPEED_RANGE,
+) -> np.ndarray:
     """Render one clip: uint8 RGB of shape `(T, H, W, 3)`.
 
     Frame t shows the texture from position p_t at angle a_t. p_0 and a_0 are uniform, so p_t and
     a_t are uniform for each t with any motion: single frames of all classes have the same
     distribution.
+
+    Args:
+        motion: A key of `MOTIONS`.
+        num_frames: T.
+        rng: Of everything that is random.
+        texture: What the camera views, float32 `(256, 256)` of mean 0 and variance 1, repeated in
+            both directions; by default a random texture.
+        speed_range: In pixels per frame.
     """
-    texture = _random_texture(rng)
+    if texture is None:
+        texture = _random_texture(rng)
     mean_color, contrast_color = _random_colors(rng)
-    place = rng.uniform(0, _TEXTURE_SIZE, size=2)
+    place = rng.uniform(0, TEXTURE_SIZE, size=2)
     angle = rng.uniform(0, 2 * np.pi)
-    speed = rng.uniform(*SPEED_RANGE)
+    speed = rng.uniform(*speed_range)
     right, down, roll = (speed * component for component in MOTIONS[motion])
 
     x = np.arange(WIDTH, dtype=np.float32) - (WIDTH - 1) / 2
@@ -166,10 +182,15 @@ def _write_clip(
     split, motion, i = clip
     key = (seed, _SPLITS.index(split), list(MOTIONS).index(motion), i)
     rgb = render_clip(motion, num_frames=num_frames, rng=np.random.default_rng(key))
-    with atomic_output(output / _name(*clip)) as temporary:
+    return {"num_bytes": write_clip(output / _name(*clip), rgb)}
+
+
+def write_clip(path: Path, rgb: np.ndarray) -> int:
+    """Write frames, uint8 RGB `(T, H, W, 3)`, as H.264; return the number of bytes."""
+    with atomic_output(path) as temporary:
         frame_rate = Fraction(FRAME_RATE)
         write_h264(temporary, _video_frames(rgb), frame_rate=frame_rate, options=_X264)
-        return {"num_bytes": temporary.stat().st_size}
+        return temporary.stat().st_size
 
 
 def _name(split: str, motion: str, i: int) -> str:
@@ -190,11 +211,11 @@ def _random_texture(rng: np.random.Generator) -> np.ndarray:
 
     White noise, band-pass filtered to a range of wavelengths with equal power per octave.
     """
-    frequency = np.fft.fftfreq(_TEXTURE_SIZE)
-    radius = np.hypot(frequency[:, None], frequency[: _TEXTURE_SIZE // 2 + 1])
+    frequency = np.fft.fftfreq(TEXTURE_SIZE)
+    radius = np.hypot(frequency[:, None], frequency[: TEXTURE_SIZE // 2 + 1])
     shortest, longest = _WAVELENGTHS
     gain = np.where((radius > 1 / longest) & (radius < 1 / shortest), 1 / (radius + 1e-9), 0.0)
-    noise = rng.standard_normal((_TEXTURE_SIZE, _TEXTURE_SIZE))
+    noise = rng.standard_normal((TEXTURE_SIZE, TEXTURE_SIZE))
     texture = np.fft.irfft2(np.fft.rfft2(noise) * gain, s=noise.shape)
     return (texture / texture.std()).astype(np.float32)
 
@@ -210,8 +231,8 @@ def _sample(texture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The texture, repeated in both directions, at points (x, y), bilinearly interpolated."""
     left, top = np.floor(x).astype(np.int32), np.floor(y).astype(np.int32)
     right_part, bottom_part = x - left, y - top
-    columns = left % _TEXTURE_SIZE, (left + 1) % _TEXTURE_SIZE
-    rows = top % _TEXTURE_SIZE * _TEXTURE_SIZE, (top + 1) % _TEXTURE_SIZE * _TEXTURE_SIZE
+    columns = left % TEXTURE_SIZE, (left + 1) % TEXTURE_SIZE
+    rows = top % TEXTURE_SIZE * TEXTURE_SIZE, (top + 1) % TEXTURE_SIZE * TEXTURE_SIZE
     flat = texture.reshape(-1)
     upper, lower = (
         flat[row + columns[0]] * (1 - right_part) + flat[row + columns[1]] * right_part
