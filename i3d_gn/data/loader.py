@@ -4,33 +4,24 @@ A worker that dies or hangs costs the sample that did it, not the run: its batch
 one sample per process, and only what fails again is skipped.
 """
 
+from __future__ import annotations
+
 import collections
-import contextlib
+import copy
 import logging
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from i3d_gn.data.batches import Batch, Sample
 from i3d_gn.data.videos import TestVideo, TestVideos
+from i3d_gn.data.workers import WorkerLostError, Workers, data_loader
 
 ItemT = TypeVar("ItemT")
-
-_SHARED_MEMORY = Path("/dev/shm")
-# How often to look after the workers, and the silence after which a stall is reported.
-_POLL_SECONDS = 5.0
-_STALL_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +88,17 @@ class Loader(Generic[ItemT]):
         """Load the items."""
         keys = iter(self.sampler)
         if not self.num_workers:
-            yield from _data_loader(self.dataset, keys, 0, self.device, 0.0)
+            yield from data_loader(self.dataset, keys, 0, self.device, 0.0)
             return
         requested: collections.deque[Any] = collections.deque()
         while True:
-            workers = _Workers(self, _remember(keys, requested), self.num_workers)
+            workers = self._workers(_remember(keys, requested), self.num_workers)
             try:
                 for item in workers:
                     requested.popleft()
                     yield item
                 return
-            except _WorkerLostError as lost:
+            except WorkerLostError as lost:
                 reason = str(lost)
             finally:
                 workers.kill()
@@ -122,111 +113,159 @@ class Loader(Generic[ItemT]):
             raise ValueError(f"{reason}; its samples were among {key}")
         items = []
         for part in dataset.split(key):
-            workers = _Workers(self, [part], 1)
+            workers = self._workers([part], 1)
             try:
                 items += list(workers)
-            except _WorkerLostError as lost:
+            except WorkerLostError as lost:
                 items.append(dataset.skipped(part, str(lost)))
             finally:
                 workers.kill()
         return dataset.merge(items)
 
-
-class _WorkerLostError(Exception):
-    """A worker died, or took too long."""
-
-
-class _Workers(Generic[ItemT]):
-    """The worker processes of one pass over some keys."""
-
-    def __init__(self, loader: Loader[ItemT], keys: Iterable[Any], num_workers: int) -> None:
-        self._dataset: Any = loader.dataset
-        self._limit = loader.timeout_seconds
-        self._too_slow = False
-        poll = min(_POLL_SECONDS, self._limit / 2)  # a death is noticed before the time limit
-        before = set(multiprocessing.active_children())
-        # torch's handler would raise wherever the main program happens to be.
-        handler = signal.getsignal(signal.SIGCHLD)
-        data_loader = _data_loader(
-            loader.dataset, self._checked(keys, num_workers), num_workers, loader.device, poll
+    def _workers(self, keys: Iterable[Any], num_workers: int) -> Workers[ItemT]:
+        return Workers(
+            self.dataset,
+            keys,
+            num_workers=num_workers,
+            device=self.device,
+            timeout_seconds=self.timeout_seconds,
         )
-        self._items = iter(data_loader)
-        if getattr(handler, "__module__", None) == signal_handling.__name__:
-            handler = signal.SIG_DFL  # of another loader of this program
-        with contextlib.suppress(ValueError):  # outside the main thread torch installs none
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        self._processes = set(multiprocessing.active_children()) - before
 
-    def __iter__(self) -> Iterator[ItemT]:
-        return self
 
-    def __next__(self) -> ItemT:
-        arrived = threading.Event()
-        threading.Thread(target=self._watch, args=(arrived,), daemon=True).start()
-        try:
-            return self._receive()
-        finally:
-            arrived.set()
+class VideoPart(Protocol):
+    """Some of what is loaded of a video."""
 
-    def _receive(self) -> ItemT:
-        while True:
+    @property
+    def video(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no more of it follows."""
+        ...
+
+
+PartT = TypeVar("PartT", bound=VideoPart)
+
+
+class VideosInParts(IterableDataset[PartT], Generic[PartT]):
+    """Videos that are loaded in parts, in order, because whole ones may not fit into memory.
+
+    Args:
+        wanted: The numbers of the videos; loader workers share them.
+    """
+
+    def __init__(self, wanted: Sequence[int]) -> None:
+        self.wanted = list(wanted)
+
+    def __iter__(self) -> Iterator[PartT]:
+        """All parts of all wanted videos of this worker."""
+        worker = get_worker_info()
+        for video in self.wanted[worker.id :: worker.num_workers] if worker else self.wanted:
+            yield from self.parts(video)
+
+    def only(self, videos: Sequence[int]) -> VideosInParts[PartT]:
+        """The same for some of the videos."""
+        some = copy.copy(self)
+        some.wanted = list(videos)
+        return some
+
+    def parts(self, video: int) -> Iterator[PartT]:
+        """The parts of a video, at least one; always the same ones."""
+        raise NotImplementedError
+
+    def skipped(self, video: int, reason: str) -> PartT:
+        """The last part of a video of which no more can be loaded."""
+        raise NotImplementedError
+
+    def describe(self, video: int) -> str:
+        """The name of its file."""
+        raise NotImplementedError
+
+    def num_bytes(self, video: int) -> int:
+        """Roughly the size of a part in memory."""
+        raise NotImplementedError
+
+
+class PartLoader(Generic[PartT]):
+    """Iterates over the parts of videos, loaded by worker processes (0: in this one).
+
+    Workers share the videos. If one dies or hangs, the video that each of them was at is loaded in
+    a process of its own, and what has arrived of it before is not repeated.
+
+    Args:
+        dataset: The videos.
+        num_workers: Worker processes.
+        device: For which parts are pinned in memory if it is a GPU.
+        timeout_seconds: Time limit for a worker to load a part.
+
+    Raises:
+        ValueError: Shared memory is too small for the workers.
+    """
+
+    def __init__(
+        self,
+        dataset: VideosInParts[PartT],
+        *,
+        num_workers: int,
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.device = device
+        self.timeout_seconds = timeout_seconds
+
+    def __iter__(self) -> Iterator[PartT]:
+        """Load the parts; those of one video are in order."""
+        if not self.num_workers:
+            yield from self.dataset
+            return
+        unfinished = list(self.dataset.wanted)
+        arrived: collections.Counter[int] = collections.Counter()
+        while unfinished:
+            num_workers = min(self.num_workers, len(unfinished))
+            shares = [unfinished[i::num_workers] for i in range(num_workers)]
             try:
-                return next(self._items)
-            except (ConnectionError, EOFError, FileNotFoundError) as error:
-                if str(error).startswith("Caught"):  # by the dataset, in the worker
-                    raise
-                raise self._lost() from error  # while it was handing over an item
-            except RuntimeError as error:
-                if str(error).startswith("DataLoader worker"):
-                    raise self._lost() from error
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
+                yield from self._load(unfinished, num_workers, unfinished, arrived)
+            except WorkerLostError as lost:
+                logger.warning("%s; loading the videos that were being read one by one", lost)
+            waiting = [[video for video in share if video in unfinished] for share in shares]
+            for video in [videos[0] for videos in waiting if videos]:
+                try:
+                    yield from self._load([video], 1, unfinished, arrived)
+                except WorkerLostError as lost:
+                    unfinished.remove(video)
+                    yield self.dataset.skipped(video, str(lost))
 
-    def _watch(self, arrived: threading.Event) -> None:
-        """Report a stall, and end the workers at the time limit; runs in a thread.
-
-        The time limit of torch does not apply while a tensor is handed over: the main process then
-        waits for its worker, which may be stopped, until the worker ends.
-        """
-        stall = min(_STALL_SECONDS, self._limit)
-        if not arrived.wait(stall) and stall < self._limit:
-            logger.warning("waiting for data for %.0f s: %s", stall, self._next_names())
-        if not arrived.wait(self._limit - stall):
-            self._too_slow = True
-            for process in self._processes:
-                process.kill()
-
-    def _lost(self) -> _WorkerLostError:
-        if self._too_slow:
-            return _WorkerLostError(f"a loader worker took longer than {self._limit:g} s")
-        for process in self._processes:
-            process.join(timeout=0.1)
-        codes = {process.exitcode for process in self._processes} - {None, 0}
-        return _WorkerLostError(
-            f"a loader worker died ({_cause(codes)}), because a decoder crashed or memory ran out"
+    def _load(
+        self,
+        videos: list[int],
+        num_workers: int,
+        unfinished: list[int],
+        arrived: collections.Counter[int],
+    ) -> Iterator[PartT]:
+        """Parts that have not arrived yet; removes videos from `unfinished`."""
+        workers = Workers(
+            self.dataset.only(videos),
+            videos,
+            num_workers=num_workers,
+            device=self.device,
+            timeout_seconds=self.timeout_seconds,
         )
-
-    def kill(self) -> None:
-        """End the processes, even those that hang or are stopped."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        del self._items
-
-    def _checked(self, keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
-        """Pass keys on; check with the first that its items fit into shared memory."""
-        self._outstanding: collections.deque[Any] = collections.deque(maxlen=2 * num_workers)
-        for i, key in enumerate(keys):
-            if i == 0 and hasattr(self._dataset, "num_bytes"):
-                _check_shared_memory(self._dataset.num_bytes(key), num_workers)
-            self._outstanding.append(key)
-            yield key
-
-    def _next_names(self) -> str:
-        if not hasattr(self._dataset, "describe"):
-            return "next keys unknown"
-        return "; ".join(self._dataset.describe(key) for key in tuple(self._outstanding))
+        repeated = arrived.copy()
+        try:
+            for part in workers:
+                if repeated[part.video]:
+                    repeated[part.video] -= 1
+                    continue
+                arrived[part.video] += 1
+                if part.is_last:
+                    unfinished.remove(part.video)
+                yield part
+        finally:
+            workers.kill()
 
 
 def batch_loader(
@@ -300,74 +339,8 @@ def _cores_per_rank(world_size: int) -> int:
     return (cores or 1) // ranks_here
 
 
-def _data_loader(
-    dataset: Dataset[Any],
-    keys: Iterator[Any],
-    num_workers: int,
-    device: torch.device,
-    timeout_seconds: float,
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_size=None,  # a key already stands for a whole batch
-        sampler=keys,
-        collate_fn=_identity,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_reset_signals if num_workers else None,
-        timeout=timeout_seconds,
-    )
-
-
 def _remember(keys: Iterator[Any], requested: collections.deque[Any]) -> Iterator[Any]:
     """Pass keys on, and remember those that no item has arrived for yet."""
     for key in keys:
         requested.append(key)
         yield key
-
-
-def _check_shared_memory(item_bytes: int, num_workers: int) -> None:
-    """Workers send items through shared memory; without enough of it they die, or wait forever."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    status = os.statvfs(_SHARED_MEMORY)
-    free, needed = status.f_bavail * status.f_frsize, item_bytes * num_workers
-    if free < needed:
-        raise ValueError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.3g} MB free, and {num_workers} loader workers need "
-            f"{needed / 1e6:.3g} MB or more; make it larger (docker run --shm-size=8g), or use "
-            "fewer workers (0: load in the main process)"
-        )
-
-
-def _cause(codes: set[int | None]) -> str:
-    names = [
-        signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-        for code in codes
-    ]
-    return ", ".join(sorted(names)) or "unknown cause"
-
-
-def _identity(batch: Any) -> Any:
-    """The default collate function would rebuild tuples as lists."""
-    return batch
-
-
-def _reset_signals(_worker: int) -> None:
-    """Leave signals, which often reach every process, to the parent: it shuts the workers down.
-
-    A parent that is interrupted while it receives a tensor drops its connection to the worker,
-    whose `multiprocessing.resource_sharer` then reports a traceback through `sys.excepthook` (the
-    only thing that a worker uses it for). Nobody is waiting anymore, so it is not printed.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = _excepthook_without_disconnects
-
-
-def _excepthook_without_disconnects(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, traceback)

@@ -213,7 +213,7 @@ class TestVideos(Dataset[TestVideo]):
             with self.index.source_of(video) as source:
                 return self._load(video, source)
         except VideoDecodeError as error:
-            return self.skipped(video, str(error))
+            return self._broken(video, str(error))
 
     def _load(self, video: int, source: VideoSource) -> TestVideo:
         starts = spaced_starts(
@@ -266,6 +266,9 @@ class TestVideos(Dataset[TestVideo]):
 
     def skipped(self, video: int, reason: str) -> TestVideo:
         """What stands for a video that cannot be loaded."""
+        return self._broken(video, f"{self.describe(video)}: {reason}")
+
+    def _broken(self, video: int, reason: str) -> TestVideo:
         none = torch.empty(0, dtype=torch.uint8)
         return TestVideo(video, int(self.index.labels[video]), none, none, (), reason)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
+from i3d_gn.data.loader import VideosInParts
 from i3d_gn.data.transforms import SpatialMode, evaluation_crops
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.index import VideoIndex
@@ -132,8 +132,8 @@ class Extent(NamedTuple):
         return max(1, round(self.value * fps if self.in_seconds else self.value))
 
 
-class SlidingClips(IterableDataset[WindowClips]):
-    """The windows of some videos in order; loader workers share the videos.
+class SlidingClips(VideosInParts[WindowClips]):
+    """The windows of some videos, in parts.
 
     A window of `length` frames gives one clip: frames 0, `stride`, 2 `stride`, ... of the window.
     A video shorter than a window gives one clip that loops.
@@ -161,8 +161,8 @@ class SlidingClips(IterableDataset[WindowClips]):
         crop_size: int,
         clips_per_item: int,
     ) -> None:
+        super().__init__(wanted)
         self.videos = videos
-        self.wanted = wanted
         self.length = length
         self.every = every
         self.stride = max(1, stride)
@@ -171,15 +171,25 @@ class SlidingClips(IterableDataset[WindowClips]):
         self.crop_size = crop_size
         self.clips_per_item = clips_per_item
 
-    def __iter__(self) -> Iterator[WindowClips]:
-        """All windows of all wanted videos of this worker."""
-        worker = get_worker_info()
-        mine = self.wanted[worker.id :: worker.num_workers] if worker else self.wanted
-        for video in mine:
-            try:
-                yield from self._windows(video)
-            except VideoDecodeError as error:
-                yield WindowClips(video, torch.empty(0), (), 0.0, 0, 0, True, str(error))
+    def parts(self, video: int) -> Iterator[WindowClips]:
+        """The windows of a video, `clips_per_item` at a time."""
+        try:
+            yield from self._windows(video)
+        except VideoDecodeError as error:
+            yield _broken(video, str(error))
+
+    def skipped(self, video: int, reason: str) -> WindowClips:
+        """What stands for the windows that cannot be loaded."""
+        return _broken(video, f"{self.describe(video)}: {reason}")
+
+    def describe(self, video: int) -> str:
+        """Path of the video."""
+        return self.videos.paths[video]
+
+    def num_bytes(self, video: int) -> int:
+        """Roughly the size of a part, of a video of 30 frames per second and 16:9."""
+        frames = -(-self.length.frames(30.0) // self.stride)
+        return self.clips_per_item * frames * 3 * self.short_side**2 * 16 // 9
 
     def _windows(self, video: int) -> Iterator[WindowClips]:
         crops: list[tuple[int, int, int, int]] = []
@@ -229,3 +239,7 @@ class SlidingClips(IterableDataset[WindowClips]):
                 pixels = [window.frames[i].pixels for i in indices]
                 batch.append(np.stack([p for p in pixels if p is not None]))
             yield item(is_last=True)
+
+
+def _broken(video: int, reason: str) -> WindowClips:
+    return WindowClips(video, torch.empty(0), (), 0.0, 0, 0, True, reason)

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from i3d_gn.data.loader import limit_compute_threads
+from i3d_gn.data.loader import PartLoader, limit_compute_threads
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.windows import Extent, SlidingClips, WindowClips
 from i3d_gn.engine.distributed import Process
@@ -96,7 +95,12 @@ def features(
         crop_size=clip.crop_size,
         clips_per_item=test.clips_per_forward,
     )
-    loader = DataLoader(clips, batch_size=None, num_workers=0 if len(todo) == 1 else workers)
+    loader = PartLoader(
+        clips,
+        num_workers=workers,
+        device=device,
+        timeout_seconds=config.data.timeout_seconds,
+    )
     broken: list[str] = []
     parts: dict[int, list[Tensor]] = {}
     with tqdm(total=len(todo), desc="features", unit="video") as bar:

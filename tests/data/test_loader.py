@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from multiprocessing import resource_sharer
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from torch.utils.data._utils import signal_handling
 from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.loader import (
     Loader,
-    _reset_signals,
+    PartLoader,
+    VideosInParts,
     batch_loader,
     default_num_workers,
     limit_compute_threads,
 )
 from i3d_gn.data.samplers import ShuffledMicroBatches
 from i3d_gn.data.videos import RandomClips
+from i3d_gn.data.workers import _reset_signals
 from i3d_gn.video_io.index import VideoIndex
 
 
@@ -114,6 +117,11 @@ def test_compute_threads_leave_the_workers_their_cores(
 
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def workers_that_end_are_noticed_soon(monkeypatch):
+    monkeypatch.setattr("i3d_gn.data.workers._POLL_SECONDS", 0.3)
 
 
 class Numbers(Dataset):
@@ -249,8 +257,7 @@ def test_errors_of_the_dataset_reach_the_caller():
 
 
 def test_stall_names_what_is_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr("i3d_gn.data.loader._STALL_SECONDS", 1.0)
-    monkeypatch.setattr("i3d_gn.data.loader._POLL_SECONDS", 0.5)
+    monkeypatch.setattr("i3d_gn.data.workers._STALL_SECONDS", 1.0)
     data = Numbers(lambda: time.sleep(3), {5})
     loader = Loader(data, KEYS, num_workers=1, device=CPU, timeout_seconds=60)
     assert len(list(loader)) == 8
@@ -268,6 +275,73 @@ def test_small_shared_memory_is_an_error_before_anything_hangs(monkeypatch):
         list(loader)
     loader.num_workers = 0
     assert len(list(loader)) == 8
+
+
+class Part(NamedTuple):
+    video: int
+    values: torch.Tensor
+    is_last: bool
+    broken: str | None = None
+
+
+class Counted(VideosInParts):
+    """Video v has v + 1 parts; before part (v, i) `breaks` is called."""
+
+    def __init__(self, wanted, breaks=lambda video, i: None):
+        super().__init__(wanted)
+        self.breaks = breaks
+
+    def parts(self, video):
+        for i in range(video + 1):
+            self.breaks(video, i)
+            yield Part(video, torch.tensor([video, i]), i == video)
+
+    def skipped(self, video, reason):
+        return Part(video, torch.empty(0), True, reason)
+
+    def describe(self, video):
+        return f"video {video}"
+
+    def num_bytes(self, video):
+        return 16
+
+
+def parts_of(data, num_workers=2):
+    loader = PartLoader(data, num_workers=num_workers, device=CPU, timeout_seconds=60)
+    parts = list(loader)
+    assert not multiprocessing.active_children()
+    return {v: [p for p in parts if p.video == v] for v in data.wanted}
+
+
+def test_worker_killed_amid_a_video_costs_and_repeats_nothing(tmp_path, caplog):
+    def dies_once(video, i):
+        if (video, i) == (4, 3):
+            with contextlib.suppress(FileExistsError):
+                (tmp_path / "died").touch(exist_ok=False)
+                time.sleep(0.5)  # the parts before have arrived
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    found = parts_of(Counted([5, 0, 4, 2, 3], dies_once))
+    assert "worker died (SIGKILL)" in caplog.text
+    for video, parts in found.items():
+        assert [p.values.tolist() for p in parts] == [[video, i] for i in range(video + 1)]
+        assert [p.is_last for p in parts] == [False] * video + [True]
+
+
+def test_video_that_crashes_its_worker_is_skipped(caplog):
+    def dies(video, i):
+        if (video, i) in ((4, 2), (0, 0)):
+            crash()
+
+    found = parts_of(Counted([5, 0, 4, 2, 3], dies))
+    for video, parts in found.items():
+        assert bool(parts[-1].broken) == (video in (0, 4))
+        whole = [p.values.tolist() for p in parts if not p.broken]
+        expected = [[video, i] for i in range(video + 1)]
+        assert whole == (expected[: len(whole)] if video in (0, 4) else expected)
+        assert [p.is_last for p in parts] == [False] * (len(parts) - 1) + [True]
+    assert "worker died (SIGSEGV)" in found[4][-1].broken
+    assert parts_of(Counted([1, 2]), num_workers=0).keys() == {1, 2}
 
 
 def test_broken_clips_are_merged_like_those_of_one_batch(motion_set):

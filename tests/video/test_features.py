@@ -2,12 +2,14 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 from i3d_gn import cli
+from i3d_gn.data import windows, workers
 from i3d_gn.data.transforms import evaluation_crops, normalize_clips
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video.load import load_network
@@ -86,6 +88,33 @@ def test_features_resume_and_list_broken_videos(trained_checkpoint, index, tmp_p
     assert (out / "c.npy").is_file()
     assert run(*command, "--every", "4") == 2
     assert f"error: {out} holds features with other settings (every)" in capsys.readouterr().err
+
+
+def test_video_that_crashes_the_decoder_is_listed(
+    trained_checkpoint, index, tmp_path, monkeypatch, capsys
+):
+    for video in range(3):
+        shutil.copy(index.path_of(video), tmp_path / f"{video}.mp4")
+    settings = ["--checkpoint", trained_checkpoint, "--every", "4"]
+    assert run(tmp_path, tmp_path / "whole", *settings) == 0
+    main, opened = os.getpid(), windows.open_stream
+
+    def crashes(path, *arguments, **options):
+        if path.name == "1.mp4" and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(windows, "open_stream", crashes)
+    monkeypatch.setattr(workers, "_POLL_SECONDS", 0.3)
+    out = tmp_path / "out"
+    assert run(tmp_path, out, *settings, "--set", "data.num_workers=1") == 0
+    captured = capsys.readouterr()
+    assert "features of 2 videos" in captured.out
+    assert re.search("1 videos failed to decode:\n .*1.mp4: a loader worker died", captured.err)
+    assert {line["file"] for line in lines(out) if "error" in line} == {"1.npy"}
+    for name in ("0.npy", "2.npy"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / "1.npy").exists()
 
 
 def test_weights_of_images_are_inflated(index, tmp_path):

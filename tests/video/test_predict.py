@@ -2,8 +2,10 @@ import csv
 import dataclasses
 import http.server
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from i3d_gn import cli
+from i3d_gn.data import videos, workers
 from i3d_gn.engine.checkpoint import load_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.video import Recognizer
@@ -124,6 +127,24 @@ def test_broken_videos_are_listed(copied, index, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"error: none of 2 videos could be decoded: {cut}" in error
     assert not out.exists()
+
+
+def test_video_that_crashes_the_decoder_is_listed(copied, index, tmp_path, monkeypatch, capsys):
+    for video, name in enumerate(["good.mp4", "bad.mp4"]):
+        shutil.copy(index.path_of(video), tmp_path / name)
+    main, decode = os.getpid(), videos.decode_frames
+
+    def crashes(path, *arguments, **options):
+        if path.name == "bad.mp4" and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode(path, *arguments, **options)
+
+    monkeypatch.setattr(videos, "decode_frames", crashes)
+    monkeypatch.setattr(workers, "_POLL_SECONDS", 0.3)
+    assert run(tmp_path, "--checkpoint", copied, "--set", "data.num_workers=1") == 0
+    captured = capsys.readouterr()
+    assert "good.mp4" in captured.out
+    assert f"{tmp_path / 'bad.mp4'}: a loader worker died (SIGSEGV)" in captured.err
 
 
 @pytest.fixture
