@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import av
 
@@ -54,7 +54,7 @@ from data_tools.label_map import read_label_map
 from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.probing import Probed, probe
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
-from data_tools.train_val_split import GroupBy, RandomSplit, SplitPart, split_records
+from data_tools.train_val_split import RandomSplit, SplitPart, column_groups, split_records
 from data_tools.video_folder import find_listed_videos, video_folder
 from i3d_gn.files import write_json
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--group-by",
-        choices=get_args(GroupBy),
+        metavar="prefix|folder|COLUMN",
         help="with --split FRACTION, videos that must stay together, such as cuts of one "
-        "recording: those whose names are equal up to the last `_`, `-` or space, or those in "
-        "folders of one name",
+        "recording: those whose names are equal up to the last `_`, `-` or space, those in "
+        "folders of one name, or those with the same value in a column of the list",
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of --split FRACTION, for another split (default: 0)"
@@ -146,7 +146,8 @@ def index_videos(
     class_names, labels = _class_list_and_ids(source, annotations, label_map)
 
     rejected: list[Rejected] = []
-    candidates = _candidates(annotations.videos, labels, root, rejected)
+    groups = column_groups(annotations.videos, random_split, source=source)
+    candidates = _candidates(annotations.videos, labels, groups, root, rejected)
     step = _probe_all(
         [candidate.path for candidate in candidates],
         root,
@@ -171,7 +172,9 @@ def index_videos(
         else:
             records.append(VideoRecord(path=candidate.path, label=candidate.label, **result.facts))
 
-    parts = split_records(records, output, random_split)
+    parts = split_records(
+        records, output, random_split, {candidate.path: candidate.group for candidate in candidates}
+    )
     for part in parts:
         write_index(part.index, part.records, class_names=class_names, root=root)
     report = IndexReport(
@@ -244,24 +247,29 @@ class _Candidate:
 
     path: str
     label: int
+    group: str | None
     where: str
 
 
 def _candidates(
-    videos: Sequence[ListedVideo], labels: Sequence[int], root: Path, rejected: list[Rejected]
+    videos: Sequence[ListedVideo],
+    labels: Sequence[int],
+    groups: Sequence[str | None],
+    root: Path,
+    rejected: list[Rejected],
 ) -> list[_Candidate]:
     """The videos whose files exist, each once, in order; others are added to `rejected`."""
     first: dict[str, _Candidate] = {}
     contradicted: set[str] = set()
     found = find_listed_videos(videos, root)
-    for video, label, file in zip(videos, labels, found, strict=True):
+    for video, label, group, file in zip(videos, labels, groups, found, strict=True):
         if file.path is None:
             rejected.append(Rejected("missing", video.where, video.name, file.reason))
             continue
         for other in file.alternatives:
             reason = f"another file of the same video is used: {file.path}"
             rejected.append(Rejected("duplicated", video.where, other, reason))
-        earlier = first.setdefault(file.path, _Candidate(file.path, label, video.where))
+        earlier = first.setdefault(file.path, _Candidate(file.path, label, group, video.where))
         if earlier.where == video.where:
             continue
         reason = f"listed before at {earlier.where}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.class_names import Label
@@ -29,6 +29,7 @@ class ListedVideo:
         where: The place in the list, for messages (`val.csv:17`).
         is_path: Whether `name` is a path. One without a video extension may lack its extension.
         video_id: The YouTube id.
+        columns: All fields of the line by column name, if the list has a header.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ListedVideo:
     where: str
     is_path: bool
     video_id: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

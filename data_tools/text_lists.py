@@ -79,6 +79,7 @@ def _read(source: Path, text: str, *, split: str | None) -> Annotations:
             label=parse_label(row[label_column], where=where) if label_column else None,
             where=where,
             is_path=True,
+            columns=row,
         )
         for where, row in _table_rows(source, text, delimiter=delimiter, required=required)
     ]
@@ -107,6 +108,7 @@ def _read_official_csv(
                 label=row.get("label") or None,
                 where=where,
                 is_path=False,
+                columns=row,
             )
         )
         splits.append(row.get("split") or "")

@@ -16,14 +16,14 @@ import hashlib
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
+from data_tools.listed_videos import ListedVideo
 from i3d_gn.video_io.index import VideoRecord
 
-GroupBy = Literal["prefix", "folder"]
+_BY_PATH = ("prefix", "folder")
 
 # Between a recording and the number of its cut, as in `rec7_02.mp4` and `v_Archery_g01_c05.avi`.
 _SEPARATORS = "_- "
@@ -31,11 +31,18 @@ _SEPARATORS = "_- "
 
 @dataclass(frozen=True)
 class RandomSplit:
-    """How to split: the fraction of groups for training, the seed, and what a group is."""
+    """How to split.
+
+    Attributes:
+        train_fraction: Of the groups, for training.
+        seed: Of the hashes.
+        group_by: What a group is: "prefix" or "folder", see `group_of`, or the name of a column of
+            the list; None: each video is one.
+    """
 
     train_fraction: float
     seed: int
-    group_by: GroupBy | None
+    group_by: str | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,34 @@ class SplitPart:
     records: list[VideoRecord]
 
 
-def group_of(path: str, group_by: GroupBy | None) -> str:
+def column_groups(
+    videos: Sequence[ListedVideo], split: RandomSplit | None, *, source: Path
+) -> list[str | None]:
+    """The group of each listed video, None where its path says it.
+
+    Raises:
+        ValueError: The list has no such column, or a field of it is empty.
+    """
+    if split is None or split.group_by in (None, *_BY_PATH):
+        return [None] * len(videos)
+    groups: list[str | None] = []
+    for video in videos:
+        if split.group_by not in video.columns:
+            names = ", ".join(video.columns)
+            raise ValueError(
+                f"--group-by {split.group_by} is neither prefix, folder nor a column of {source}, "
+                + (f"which has {names}" if names else "which has no named columns")
+            )
+        if not video.columns[split.group_by]:
+            raise ValueError(
+                f"{video.where}: field {split.group_by} is empty, so that it is unclear which "
+                "videos belong together; fill it in"
+            )
+        groups.append(video.columns[split.group_by])
+    return groups
+
+
+def group_of(path: str, group_by: str | None) -> str:
     """The group of the video `path`, relative to the root: videos of one group are split together.
 
     `prefix` is the file's name up to its last `_`, `-` or space; `folder` the name of the folder
@@ -96,9 +130,18 @@ def split_groups(
 
 
 def split_records(
-    records: Sequence[VideoRecord], output: Path, split: RandomSplit | None
+    records: Sequence[VideoRecord],
+    output: Path,
+    split: RandomSplit | None,
+    groups: Mapping[str, str | None],
 ) -> list[SplitPart]:
     """The records of each index to write: `output`, or NAME_train and NAME_val beside it.
+
+    Args:
+        records: Of all videos.
+        output: The index.
+        split: None for one index.
+        groups: By path, None where the path says it.
 
     Raises:
         ValueError: The records do not split, since all are in one group per class.
@@ -108,7 +151,7 @@ def split_records(
     if split is None:
         return [SplitPart("", output, list(records))]
     trained = split_groups(
-        [group_of(record.path, split.group_by) for record in records],
+        [groups[record.path] or group_of(record.path, split.group_by) for record in records],
         [record.label for record in records],
         train_fraction=split.train_fraction,
         seed=split.seed,
@@ -130,7 +173,7 @@ def split_records(
     return parts
 
 
-def _why(group_by: GroupBy | None) -> str:
+def _why(group_by: str | None) -> str:
     if group_by is None:
         return "no class has two videos"
     return f"no class has videos of two groups; leave out --group-by {group_by}, or rename videos"

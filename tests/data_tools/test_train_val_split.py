@@ -151,6 +151,31 @@ def test_split_that_is_impossible_is_a_one_line_error(videos, tmp_path, capsys, 
     assert not list(tmp_path.glob("*_train.parquet"))
 
 
+def test_groups_may_be_named_in_a_column_of_the_list(videos, tmp_path, capsys):
+    table = tmp_path / "videos" / "list.csv"
+    rows = ["walk/rec1_1.mp4,walk,a", "walk/rec1_2.mp4,walk,b", "walk/rec2_1.mp4,walk,a"]
+    table.write_text("\n".join(["path,label,scene", *rows, "run/rec3_1.mp4,run,b"]) + "\n")
+    options = [table, tmp_path / "own.parquet", "--split", "0.5", "--group-by"]
+    assert run(*options, "scene") == 0
+    sides = [VideoIndex.load(tmp_path / f"own_{name}.parquet").paths for name in ("train", "val")]
+    assert sorted(map(sorted, sides)) == [
+        ["run/rec3_1.mp4", "walk/rec1_2.mp4"],
+        ["walk/rec1_1.mp4", "walk/rec2_1.mp4"],
+    ]
+
+    def error_of(*arguments):
+        assert run(*arguments) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert error_of(*options, "place") == (
+        f"error: --group-by place is neither prefix, folder nor a column of {table}, which has "
+        "path, label, scene"
+    )
+    table.write_text(table.read_text().replace("rec2_1.mp4,walk,a", "rec2_1.mp4,walk,"))
+    assert error_of(*options, "scene").startswith("error: list.csv:4: field scene is empty")
+    assert error_of(videos, *options[1:], "scene").endswith("videos, which has no named columns")
+
+
 def test_fraction_outside_of_0_and_1_is_an_error(videos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(videos, tmp_path / "own.parquet", "--split", "1.5")
