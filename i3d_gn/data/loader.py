@@ -11,6 +11,7 @@ import copy
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -149,7 +150,7 @@ class VideoPart(Protocol):
 PartT = TypeVar("PartT", bound=VideoPart)
 
 
-class VideosInParts(IterableDataset[PartT], Generic[PartT]):
+class VideosInParts(ABC, IterableDataset[PartT]):
     """Videos that are loaded in parts, in order, because whole ones may not fit into memory.
 
     Args:
@@ -171,21 +172,21 @@ class VideosInParts(IterableDataset[PartT], Generic[PartT]):
         some.wanted = list(videos)
         return some
 
+    @abstractmethod
     def parts(self, video: int) -> Iterator[PartT]:
         """The parts of a video, at least one; always the same ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def skipped(self, video: int, reason: str) -> PartT:
         """The last part of a video of which no more can be loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, video: int) -> str:
         """The name of its file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_bytes(self, video: int) -> int:
         """Roughly the size of a part in memory."""
-        raise NotImplementedError
 
 
 class PartLoader(Generic[PartT]):
