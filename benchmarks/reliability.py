@@ -19,6 +19,14 @@ from report import markdown_table
 OUTCOMES = ("survived", "lost", "silently wrong", "hung")
 
 
+class FaultError(Exception):
+    """How a fault ended other than survived: `outcome` and detail."""
+
+    def __init__(self, outcome: str, detail: str) -> None:
+        self.outcome = outcome
+        super().__init__(detail)
+
+
 def read_record(path: Path) -> list[dict[str, Any]]:
     """The faults recorded so far."""
     if not path.is_file():

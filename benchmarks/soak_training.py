@@ -26,7 +26,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,108 +33,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from reliability import append, read_record, table
-from soak_runs import Command, Run, children, same_run, same_test
+from reliability import FaultError, append, read_record, table
+from soak_runs import BATCH, NUM_TRAIN, STEPS, Command, Run, Soak, children, same_test
 
 from i3d_gn.engine.checkpoint import list_checkpoints, load_checkpoint
-
-NUM_TRAIN, STEPS, BATCH = 12, 12, 4
-CONFIG = """
-model: {{name: i3d_tiny, num_classes: 6, norm: {norm}}}
-data:
-  train_index: {data}/train.parquet
-  val_index: {data}/val.parquet
-  num_workers: 1
-  timeout_seconds: {timeout}
-clip: {{num_frames: 8, stride: 2, short_side_min: 40, short_side_max: 48, crop_size: 36}}
-train:
-  steps: {steps}
-  global_batch_size: {batch}
-  clips_per_gpu: 2
-  lr: 0.01
-  lr_batch_size: 4
-  milestones: [8]
-  log_every: 2
-  validate_every: 4
-  checkpoint_every: 3
-  keep_checkpoints: 2
-  precise_bn_iterations: 2
-  rank_timeout_minutes: 0.2
-test: {{num_clips: 3, short_side: 40, clips_per_forward: 2}}
-output_dir: {output}
-"""
-
-
-class FaultError(Exception):
-    """How a fault ended other than survived: `outcome` and detail."""
-
-    def __init__(self, outcome: str, detail: str) -> None:
-        self.outcome = outcome
-        super().__init__(detail)
-
-
-class Soak:
-    """Data, and undisturbed runs to compare with."""
-
-    def __init__(self, folder: Path, time_limit: float) -> None:
-        self.folder = folder
-        self.time_limit = time_limit
-        self.data = folder / "data"
-        videos = self.data / "videos"
-        train, val = self.data / "train.parquet", self.data / "val.parquet"
-        # Not forked: these commands start processes that import what this one is running.
-        for arguments in (
-            ["make-motion-clips", videos, "--train-clips=2", "--val-clips=1", "--num-frames=20"],
-            ["index", videos / "train", train],
-            ["index", videos / "val", val, "--label-map", train],
-        ):
-            command = [sys.executable, "-m", "i3d_gn", *map(str, arguments), "--workers=1"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        self.references: dict[str, Run] = {}
-
-    def run(self, name: str, *, data: Path | None = None, timeout: float = 120.0) -> Run:
-        """A run in an empty directory; its norm is that of its name."""
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        norm = "bn" if "bn" in name else "gn"
-        text = CONFIG.format(
-            norm=norm, data=data or self.data, timeout=timeout, steps=STEPS, batch=BATCH,
-            output=folder / "run",
-        )  # fmt: skip
-        (folder / "config.yaml").write_text(text)
-        return Run(folder)
-
-    def reference(self, norm: str) -> Run:
-        """The undisturbed run, tested."""
-        if norm not in self.references:
-            run = self.run(f"reference-{norm}")
-            started = time.monotonic()
-            self.finish(run.train())
-            run.seconds = time.monotonic() - started
-            self.finish(run.evaluate())
-            self.references[norm] = run
-        return self.references[norm]
-
-    def finish(self, command: Command) -> str:
-        """Wait for a command that must succeed; its output."""
-        status = self.wait(command)
-        if status:
-            raise FaultError("lost", f"status {status}: {command.output()[-400:]}")
-        return command.output()
-
-    def wait(self, command: Command) -> int:
-        """The status of a command, which must end in time."""
-        status = command.wait(self.time_limit)
-        if status is None:
-            command.kill()
-            raise FaultError("hung", command.output()[-400:])
-        return status
-
-    def check(self, run: Run, reference: Run) -> None:
-        """Compare a finished run."""
-        if difference := same_run(run, reference):
-            raise FaultError("silently wrong", difference)
 
 
 def interrupt(soak: Soak, run: Run, number: signal.Signals, rng: random.Random) -> Command | None:

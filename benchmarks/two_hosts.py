@@ -21,9 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from reliability import append, read_record, table
-from soak_runs import Run, children, same_run
-from soak_training import FaultError, Soak
+from reliability import FaultError, append, read_record, table
+from soak_runs import Run, Soak, children, same_run
 
 from i3d_gn.engine.checkpoint import list_checkpoints
 
