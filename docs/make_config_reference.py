@@ -13,6 +13,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
+from i3d_gn.detection.config import DetectionConfig
 from i3d_gn.imagenet.config import ImagenetConfig
 from i3d_gn.video.config import Config
 
@@ -131,6 +132,8 @@ def page() -> str:
             reference("Video: `i3d-gn train` and `i3d-gn evaluate`", Config),
             "",
             reference("Images: `i3d-gn train-imagenet`", ImagenetConfig),
+            "",
+            reference("Detection: `i3d-gn train-coco`", DetectionConfig),
             "",
         ]
     )

@@ -29,8 +29,17 @@ COMMANDS = {
     "export-model": ("i3d_gn.video.commands:export_model", "export it to ONNX or torch.export"),
     "info": ("i3d_gn.video.commands:info", "print layers, multiply-adds, memory of a network"),
     "train-imagenet": ("i3d_gn.imagenet.commands:train", "train an image network"),
-    "table": ("i3d_gn.imagenet.commands:table", "print the paper's ImageNet tables beside runs"),
+    "train-coco": ("i3d_gn.detection.commands:train", "train a detector"),
+    "evaluate-coco": ("i3d_gn.detection.commands:evaluate", "average precision of a detector"),
+    "table": ("i3d_gn.cli:table", "print the paper's tables on ImageNet or COCO beside runs"),
 }
+
+
+def table(argv: list[str]) -> int:
+    """`i3d-gn table RUN ...` and `i3d-gn table coco RUN ...`."""
+    task = "detection" if argv[:1] == ["coco"] else "imagenet"
+    commands = importlib.import_module(f"i3d_gn.{task}.commands")
+    return commands.table(argv[task == "detection" :])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from i3d_gn.detection.config import DetectionConfig
 from i3d_gn.imagenet.config import ImagenetConfig
 from i3d_gn.video.config import Config
 
@@ -26,7 +27,7 @@ def test_committed_page_is_up_to_date(reference):
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), remedy
 
 
-@pytest.mark.parametrize("schema", [Config, ImagenetConfig])
+@pytest.mark.parametrize("schema", [Config, ImagenetConfig, DetectionConfig])
 def test_every_key_is_listed_with_default_and_description(reference, schema):
     page = reference.page()
     sections = {"": schema} | {

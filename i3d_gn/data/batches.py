@@ -1,7 +1,7 @@
 """Samples, batches, and the streams of random numbers that they are drawn from."""
 
 import enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,15 @@ class Sample(NamedTuple):
 
     position: int
     item: int
+
+
+class AnyBatch(Protocol):
+    """What the training loop needs of a micro-batch, whatever it consists of."""
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """One line for each sample that failed to decode."""
+        ...
 
 
 class Batch(NamedTuple):

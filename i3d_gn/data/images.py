@@ -80,8 +80,8 @@ class TrainingImages(Dataset[Batch]):
         pixels = []
         with torch.random.fork_rng(devices=[]):
             for sample in samples:
-                torch.manual_seed(_seed_of(self.seed, Stream.TRAIN_IMAGE, sample.position))
-                pixels.append(self.transform(_read(self.images.paths[sample.item])))
+                torch.manual_seed(seed_of(self.seed, Stream.TRAIN_IMAGE, sample.position))
+                pixels.append(self.transform(read_image(self.images.paths[sample.item])))
         return _batch(pixels, [self.images.labels[sample.item] for sample in samples])
 
 
@@ -97,12 +97,17 @@ class CenterImages(Dataset[Batch]):
     def __getitem__(self, samples: Sequence[Sample]) -> Batch:
         """The batch of `samples`, in order."""
         return _batch(
-            [self.transform(_read(self.images.paths[sample.item])) for sample in samples],
+            [self.transform(read_image(self.images.paths[sample.item])) for sample in samples],
             [self.images.labels[sample.item] for sample in samples],
         )
 
 
-def _read(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        ImageReadError: It is not a regular file, or cannot be decoded.
+    """
     try:
         check_regular(path)
         with Image.open(path) as image:
@@ -124,6 +129,6 @@ def _batch(pixels: list[Image.Image], labels: list[int]) -> Batch:
     )
 
 
-def _seed_of(*key: int) -> int:
+def seed_of(*key: int) -> int:
     """One number from several, which is what torch's generator takes as a seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> (64 - _SEED_BITS)

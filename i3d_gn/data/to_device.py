@@ -10,6 +10,16 @@ from i3d_gn.data.transforms import normalize_clips
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+def autocast(
+    device: torch.device, precision: Precision
+) -> contextlib.AbstractContextManager[object]:
+    """The context in which a network runs in `precision`."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype)
+
+
 class ToDevice:
     """Moves a batch to the device and normalizes it there.
 
@@ -48,10 +58,7 @@ class ToDevice:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the network runs."""
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype)
+        return autocast(self.device, self.precision)
 
     def _clips(self, clips: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
         clips = clips.to(self.device, non_blocking=True).permute(0, 4, 1, 2, 3)

@@ -33,7 +33,7 @@ class LossOptions:
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-class ClassificationTask(Task):
+class ClassificationTask(Task[Batch]):
     """Training with cross-entropy, measured by top-1 and top-5 accuracy.
 
     Args:

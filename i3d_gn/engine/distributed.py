@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ import torch.distributed as dist
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 # In messages of gloo, most of which name a file of its own.
 _LOST = ("gloo", "pair closure", "onnection closed by peer", "onnection reset by peer")
+
+
+T = TypeVar("T")
 
 
 class RankError(OSError):
@@ -166,6 +170,15 @@ def broadcast_from_main(tensors: Iterable[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def gather_on_main(value: T, process: Process) -> list[T]:
+    """The values of all ranks by rank, on rank 0; elsewhere nothing. They are pickled."""
+    if process.world_size == 1:
+        return [value]
+    gathered = [value] * process.world_size if process.is_main else []
+    dist.gather_object(value, gathered if process.is_main else None, dst=0)
+    return gathered
 
 
 def _end_with_parent() -> None:

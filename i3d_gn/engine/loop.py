@@ -1,7 +1,7 @@
 """The training loop, whatever is trained: optimizer, resume, DDP, steps, log, checkpoints.
 
-A `Task` says what is trained and how it is validated; `i3d_gn.video.train` and
-`i3d_gn.imagenet.train` have one each.
+A `Task` says what is trained and how it is validated; `i3d_gn.video.train`,
+`i3d_gn.imagenet.train` and `i3d_gn.detection.train` have one each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from i3d_gn.data.batches import Batch
+from i3d_gn.data.batches import AnyBatch
 from i3d_gn.data.loader import TimedIterator
 from i3d_gn.data.samplers import micro_batches_per_rank
 from i3d_gn.engine.activations import ActivationPercentiles
@@ -76,7 +76,7 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, task: Task, recipe: Recipe, *, config: Any, seed: int, output_dir: Path
+        self, task: Task[Any], recipe: Recipe, *, config: Any, seed: int, output_dir: Path
     ) -> None:
         self.task = task
         self.recipe = recipe
@@ -105,7 +105,7 @@ class TrainingLoop:
             write_json(output_dir / "environment.json", environment(self.process))
 
         torch.manual_seed(seed)
-        torch.backends.cudnn.benchmark = True  # shapes never change
+        torch.backends.cudnn.benchmark = task.fixed_shapes
         self.model = task.build_model()
         self.activations = ActivationPercentiles(self.model, recipe.log_activations)
         self.optimizer = build_optimizer(self.model, recipe, task.lr_multiplier)
@@ -207,7 +207,7 @@ class TrainingLoop:
             else:
                 self._save_if_due(done, signals)
 
-    def _show_first(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _show_first(self, batches: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
         """Pass batches on, and log their first samples as pictures."""
         for _, batch in zip(range(_MAX_STRIPS), batches, strict=False):
             room = _MAX_STRIPS - self.log.num_strips
@@ -283,7 +283,9 @@ class TrainingLoop:
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: its optimizer state does not fit ({error})") from error
 
-    def _write_log(self, done: int, lr: float, clock: Clock, batches: TimedIterator[Batch]) -> None:
+    def _write_log(
+        self, done: int, lr: float, clock: Clock, batches: TimedIterator[AnyBatch]
+    ) -> None:
         self._check_finite()
         values = self.task.metrics.read_and_reset()
         self.num_broken += int(values["broken"])

@@ -84,14 +84,16 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
     `recipe.lr` is for a global batch of `recipe.lr_batch_size` and scales linearly with the batch
     (Goyal et al., arXiv:1706.02677). Schedule "step" multiplies by 0.1 at every milestone, "cosine"
-    decays to 0 over all steps. During warm-up the rate rises linearly to its schedule.
+    decays to 0 over all steps. During warm-up the rate rises linearly to its schedule,
+    from the fraction `recipe.warmup_from` of it.
     """
     peak = recipe.lr * recipe.global_batch_size / recipe.lr_batch_size
     if recipe.schedule == "step":
         value = peak * 0.1 ** bisect.bisect_right(recipe.milestones, step)
     else:
         value = peak * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-    return value * min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+    warmed_up = min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+    return value * (recipe.warmup_from + (1 - recipe.warmup_from) * warmed_up)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

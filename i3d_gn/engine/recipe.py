@@ -21,6 +21,7 @@ class Recipe:
     schedule: Literal["step", "cosine"] = "step"  # of lr: drops at milestones, or decay to 0
     milestones: tuple[int, ...] = ()  # steps after which lr is multiplied by 0.1
     warmup_steps: int = 0  # lr rises linearly over so many steps
+    warmup_from: float = added_key(0.0)  # fraction of lr at which the warm-up starts
     optimizer: Literal["sgd", "adamw"] = added_key("sgd")  # AdamW: try lr 1e-4, weight_decay 0.05
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # Nesterov momentum
@@ -56,6 +57,8 @@ def check_optimizer_values(train: Any, where: str) -> None:
     )
     if not 0 <= getattr(train, "ema_decay", 0) < 1:
         raise ConfigError(f"{where}ema_decay is {train.ema_decay}; it must lie in [0, 1)")
+    if not 0 <= getattr(train, "warmup_from", 0) <= 1:
+        raise ConfigError(f"{where}warmup_from is {train.warmup_from}; it must lie in [0, 1]")
     if not 0 <= train.momentum < 1:
         raise ConfigError(f"{where}momentum is {train.momentum}; it must lie in [0, 1)")
     if train.nesterov and not train.momentum:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from i3d_gn.data.batches import Batch
+from i3d_gn.data.batches import AnyBatch
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_log import RunLog
 from i3d_gn.video_io.strips import Strip
+
+BatchT = TypeVar("BatchT", bound=AnyBatch)
 
 
 class Metrics(Protocol):
@@ -30,12 +32,13 @@ class Metrics(Protocol):
         ...
 
 
-class Task(abc.ABC):
+class Task(abc.ABC, Generic[BatchT]):
     """What is trained, on which data, and how it is validated."""
 
     unit: str  # of throughput, for instance "clips"
     process: Process
     micro_batch_size: int  # samples per forward pass of a rank
+    fixed_shapes: bool = True  # batches all have the same shape
     max_broken: int = 0  # samples that may fail to decode before training stops
     max_broken_share: float = 1.0  # of all samples so far
 
@@ -69,15 +72,15 @@ class Task(abc.ABC):
         """What a checkpoint must hold besides network, optimizer and config."""
 
     @abc.abstractmethod
-    def training_batches(self, first_step: int) -> Iterable[Batch]:
+    def training_batches(self, first_step: int) -> Iterable[BatchT]:
         """This rank's micro-batches from `first_step` to the end of the run."""
 
-    def strips(self, batch: Batch) -> list[Strip]:
+    def strips(self, batch: BatchT) -> list[Strip]:
         """The samples of a training batch as pictures, to show what the network sees."""
         return []
 
     @abc.abstractmethod
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, network: nn.Module, batch: BatchT) -> Tensor:
         """Mean loss of a micro-batch, which is added to `metrics`."""
 
     @abc.abstractmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from i3d_gn.data.batches import Batch, Stream
+from i3d_gn.data.batches import AnyBatch, Stream
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, all_reduce_max
 
@@ -33,7 +33,7 @@ class Trainer:
         self,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Callable[[nn.Module, Batch], Tensor],
+        loss: Callable[[nn.Module, Any], Tensor],
         *,
         micro_batches: int,
         process: Process,
@@ -53,7 +53,7 @@ class Trainer:
         self.gradient_norm: Tensor | None = None
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
 
-    def step(self, step: int, batches: Iterator[Batch]) -> list[str]:
+    def step(self, step: int, batches: Iterator[AnyBatch]) -> list[str]:
         """Take step number `step` with the next micro-batches.
 
         The gradient is that of the mean loss over the global batch; a broken sample contributes

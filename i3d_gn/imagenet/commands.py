@@ -38,7 +38,8 @@ def table(argv: list[str]) -> int:
     """`i3d-gn table`."""
     parser = argparse.ArgumentParser(
         prog="i3d-gn table",
-        description="Print the paper's Tables 1 to 3 with the results of runs beside its own.",
+        description="Print the paper's Tables 1 to 3 with the results of runs beside its own; "
+        "`i3d-gn table coco` prints Tables 4 to 7.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
     parser.add_argument(

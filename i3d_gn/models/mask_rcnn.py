@@ -229,6 +229,8 @@ def load_detector_weights(
     model: MaskRCNN,
     source: str | PathLike[str] | Mapping[str, Any],
     category_ids: Sequence[int] = (),
+    *,
+    whole: bool = False,
 ) -> WeightsInfo:
     """Load weights of a whole detector, or of an image network into its backbone; all or nothing.
 
@@ -238,6 +240,7 @@ def load_detector_weights(
         model: Of `mask_rcnn_fpn` or `mask_rcnn_c4`.
         source: See `i3d_gn.weights.detectors.read_detector`.
         category_ids: COCO's ids of the classes, for weights of torchvision.
+        whole: Refuse weights of an image network.
 
     Returns:
         What is known of the weights.
@@ -250,6 +253,10 @@ def load_detector_weights(
     targets = {n: t for n, t in model.state_dict().items() if not n.endswith("batches_tracked")}
     tensors = {n: t for n, t in weights.tensors.items() if not n.endswith("batches_tracked")}
     if not is_whole:
+        if whole:
+            raise ValueError(
+                f"weights {origin} are those of an image network; give those of a trained detector"
+            )
         has_fpn = isinstance(model.backbone, FpnBackbone)
         tensors = {n: t for n, t in tensors.items() if not n.startswith("head.")}
         tensors = with_prefixes(tensors, has_fpn=has_fpn)

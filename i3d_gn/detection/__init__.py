@@ -1,0 +1,1 @@
+"""Object detection and segmentation: the paper's Tables 4 to 7."""

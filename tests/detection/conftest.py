@@ -1,0 +1,50 @@
+"""A small data set in COCO's format, and runs on it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from i3d_gn.detection.config import load_detection_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The folder that benchmarks/make_coco_shapes.py makes: 16 training, 8 validation images."""
+    path = REPOSITORY / "benchmarks" / "make_coco_shapes.py"
+    spec = importlib.util.spec_from_file_location("make_coco_shapes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("coco")
+    module.make_coco_shapes(folder, num_train=16, num_val=8)
+    return folder
+
+
+@pytest.fixture
+def small(shapes, tmp_path):
+    """Makes the config of a run of seconds; arguments are overrides."""
+
+    def make(*overrides, output_dir=tmp_path / "run", data=shapes):
+        return load_detection_config(
+            REPOSITORY / "configs" / "coco" / "shapes_tiny.yaml",
+            (
+                f"output_dir={output_dir}",
+                *(
+                    f"data.{split}_{what}={data / split}{suffix}"
+                    for split in ("train", "val")
+                    for what, suffix in (("images", ""), ("annotations", ".json"))
+                ),
+                "model.channels=16",
+                "train.steps=4",
+                "train.milestones=[3]",
+                "train.warmup_steps=0",
+                "train.log_every=1",
+                "train.validate_every=4",
+                "train.checkpoint_every=2",
+                *overrides,
+            ),
+        )
+
+    return make

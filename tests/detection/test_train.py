@@ -1,0 +1,173 @@
+import json
+import re
+
+import pytest
+import torch
+
+from i3d_gn import cli
+from i3d_gn.detection.build import build_model
+from i3d_gn.detection.config import load_detection_config
+from i3d_gn.detection.evaluate import evaluate_coco, test
+from i3d_gn.detection.train import LOSSES, DetectionTraining, train_coco
+from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.run_log import read_log
+from i3d_gn.engine.trainer import Trainer
+from i3d_gn.engine.typed_config import ConfigError, to_yaml
+
+CPU = torch.device("cpu")
+PROCESS = Process(0, 1, CPU)
+
+test.__test__ = False  # tells pytest that this is no test
+
+
+def log_without_timing(run):
+    return [
+        {key: value for key, value in line.items() if key != "timing"}
+        for line in read_log(run / "log.jsonl")
+    ]
+
+
+def final(run):
+    return load_checkpoint(latest_checkpoint(run / "checkpoints"))
+
+
+@pytest.fixture
+def fast_test(monkeypatch):
+    """An untrained network detects something everywhere; two objects per image suffice."""
+
+    def build(config, device):
+        network = build_model(config, device)
+        network.roi_heads.detections_per_img = 2
+        network.rpn._post_nms_top_n["testing"] = 10
+        return network
+
+    monkeypatch.setattr("i3d_gn.detection.build.build_model", build)
+
+
+def test_resume_is_bit_identical_and_results_are_written(
+    small, tmp_path, monkeypatch, fast_test, shapes
+):
+    train_coco(small(output_dir=tmp_path / "whole"), PROCESS)
+    step = Trainer.step
+
+    def stops(self, number, batches):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_coco(small(output_dir=tmp_path / "cut"), PROCESS)
+    monkeypatch.setattr(Trainer, "step", step)
+    train_coco(small("data.num_workers=1", output_dir=tmp_path / "cut"), PROCESS)
+    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert whole["step"] == cut["step"] == 4
+    assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
+    log = log_without_timing(tmp_path / "whole")
+    assert log == log_without_timing(tmp_path / "cut")
+    first = log[0]
+    assert first["samples"] == 2
+    assert first["loss"] == pytest.approx(sum(first[name] for name in LOSSES))
+
+    names = ("results.json", "detections.json")
+    results, records = (json.loads((tmp_path / "whole" / n).read_text()) for n in names)
+    assert results["num_images"] == 8
+    assert results["box_ap"] == log[-1]["box_ap"]
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(small(output_dir=tmp_path / "again")))
+    checkpoint = latest_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert cli.main(["evaluate-coco", str(config), "--checkpoint", str(checkpoint)]) == 0
+    assert json.loads((tmp_path / "again" / "detections.json").read_text()) == records
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["mask_ap"] == results["mask_ap"]
+
+
+def test_each_image_is_tested_once_on_any_number_of_ranks(small, fast_test, monkeypatch):
+    config = small()
+    task = DetectionTraining(config, PROCESS)
+    torch.manual_seed(0)
+    network = task.build_model()
+    _, whole = test(network, task.val_images, config, PROCESS)
+    monkeypatch.setattr("i3d_gn.detection.evaluate.gather_on_main", lambda mine, _: [mine])
+    parts = [test(network, task.val_images, config, Process(r, 3, CPU))[1] for r in range(3)]
+    records = [record for part in parts for record in part]
+    assert whole == sorted(records, key=lambda record: record["image_id"])
+    assert len({record["image_id"] for record in whole}) == 8
+
+
+def test_bfloat16_has_a_finite_loss(small, fast_test):
+    config = small("train.precision=bf16")
+    task = DetectionTraining(config, PROCESS)
+    network = task.build_model()
+    loss = task.loss(network, next(iter(task.training_batches(0))))
+    loss.backward()
+    assert loss.isfinite()
+    assert len(test(network, task.val_images, config, PROCESS)[0]) == 12
+
+
+def test_warmup_starts_at_a_third():
+    from i3d_gn.engine.optim import learning_rate
+    from i3d_gn.engine.recipe import Recipe
+
+    recipe = Recipe(steps=90, warmup_steps=2, warmup_from=1 / 3, lr=0.9, milestones=(50,))
+    rates = [learning_rate(step, recipe) for step in (0, 1, 2, 49, 50)]
+    assert rates == pytest.approx([0.9 * 5 / 9, 0.9 * 7 / 9, 0.9, 0.9, 0.09])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.compile=true", "train.compile is not for detectors"),
+        ("model.num_frozen=1", "without model.weights nothing can be frozen"),
+        ("model.norm=frozen_bn", "without model.weights nothing can be frozen"),
+        ("model.name=mask_rcnn_c4", r"model\.fpn_norm is gn, but mask_rcnn_c4"),
+        ("model.anchor_sizes=[8,16]", "the pyramid has 5 levels"),
+        ("model.box_head=2fc", r"box head 2fc has no\s+convolutions"),
+        ("train.warmup_from=2", "warmup_from is 2.0; it must lie in"),
+        ("data.min_size=800", "max_size 64 is smaller than data.min_size"),
+        ("model.norms=gn", "unknown key 'model.norms'; did you mean 'model.norm'"),
+    ],
+)
+def test_wrong_config_is_a_one_line_error(small, override, line):
+    with pytest.raises(ConfigError, match=line) as caught:
+        small(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_do_not_fit_are_one_line_errors(small, tmp_path, shapes):
+    with pytest.raises(ConfigError, match=r"has 3 categories, but model\.num_classes is 80"):
+        DetectionTraining(small("model.num_classes=80"), PROCESS)
+    content = json.loads((shapes / "val.json").read_text())
+    content["categories"][0]["name"] = "circle"
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="have different categories"):
+        DetectionTraining(small(f"data.val_annotations={path}"), PROCESS)
+    with pytest.raises(ConfigError, match="has no checkpoint; train first"):
+        evaluate_coco(small(), PROCESS, None)
+
+
+def test_backbone_weights_are_loaded(small, tmp_path):
+    from i3d_gn.models.resnet2d import resnet_tiny
+
+    weights = resnet_tiny("gn").state_dict()
+    path = tmp_path / "tiny.pth"
+    torch.save(weights, path)
+    config = small(f"model.weights={path}", "model.num_frozen=2")
+    task = DetectionTraining(config, PROCESS)
+    network = task.build_model()
+    task.load_weights(network)
+    assert torch.equal(network.backbone.body.conv1.weight, weights["conv1.weight"])
+    frozen = [n for n, p in network.named_parameters() if not p.requires_grad]
+    assert all(re.match(r"backbone\.body\.(conv1|norm1|res2)\.", name) for name in frozen)
+    with pytest.raises(ValueError, match="those of an image network"):
+        evaluate_coco(config, PROCESS, path)
+
+
+def test_command_line(small, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(small()))
+    assert cli.main(["train-coco", str(path), "--print-config", "train.lr=0.5"]) == 0
+    path.write_text(capsys.readouterr().out)
+    assert load_detection_config(path).train.lr == 0.5
