@@ -106,15 +106,6 @@ def test_bfloat16_has_a_finite_loss(small, fast_test):
     assert len(test(network, task.val_images, config, PROCESS)[0]) == 12
 
 
-def test_warmup_starts_at_a_third():
-    from i3d_gn.engine.optim import learning_rate
-    from i3d_gn.engine.recipe import Recipe
-
-    recipe = Recipe(steps=90, warmup_steps=2, warmup_from=1 / 3, lr=0.9, milestones=(50,))
-    rates = [learning_rate(step, recipe) for step in (0, 1, 2, 49, 50)]
-    assert rates == pytest.approx([0.9 * 5 / 9, 0.9 * 7 / 9, 0.9, 0.9, 0.09])
-
-
 @pytest.mark.parametrize(
     ("override", "line"),
     [

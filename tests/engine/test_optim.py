@@ -31,6 +31,12 @@ def test_warmup_rises_linearly_to_the_schedule():
     assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01, 0.01])
 
 
+def test_warmup_can_start_at_a_fraction_of_the_rate():
+    recipe = replace(RECIPE, warmup_steps=2, warmup_from=1 / 3, lr=0.9, milestones=(50,))
+    rates = [learning_rate(step, recipe) for step in (0, 1, 2, 49, 50)]
+    assert rates == pytest.approx([0.9 * 5 / 9, 0.9 * 7 / 9, 0.9, 0.9, 0.09])
+
+
 def test_cosine_schedule_decays_from_peak_to_zero():
     recipe = Recipe(steps=100, schedule="cosine")
     assert learning_rate(0, recipe) == pytest.approx(0.01)

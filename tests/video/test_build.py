@@ -270,7 +270,7 @@ ELSEWHERE = {
     "data.allowed_hosts": "tests/data_tools/test_pack_shards.py, test_config_must_name_the_host",
     **dict.fromkeys(
         ("train.lr", "train.lr_batch_size", "train.schedule", "train.milestones",
-         "train.warmup_steps", "train.log_every", "train.validate_every",
+         "train.warmup_steps", "train.warmup_from", "train.log_every", "train.validate_every",
          "train.checkpoint_every", "train.keep_checkpoints"),
         "tests/engine/test_optim.py, test_run_writes_config_log_and_checkpoints",
     ),

@@ -24,7 +24,7 @@ from i3d_gn.video.config import Config, config_of_checkpoint, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ALL = sorted(REPOSITORY.glob("configs/**/*.yaml"))
-VIDEO = [path for path in ALL if path.parent.name != "imagenet"]
+VIDEO = [path for path in ALL if path.parent.name not in {"imagenet", "coco"}]
 TABLE_8 = sorted(REPOSITORY.glob("configs/kinetics400/*.yaml"))
 MINIMAL = """
 output_dir: out
