@@ -15,6 +15,7 @@ class DetectorConfig:
     """The network."""
 
     name: Literal["mask_rcnn_fpn", "mask_rcnn_c4"] = "mask_rcnn_fpn"  # the network
+    # the ResNet of the network
     backbone: Literal["resnet50", "resnet101", "resnet_small", "resnet_tiny"] = "resnet50"
     num_classes: int = 80  # without the background; must be that of the annotations
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn"] = "gn"  # of the backbone, and of res5 in C4
