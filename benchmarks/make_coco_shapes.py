@@ -1,6 +1,6 @@
 """Make a small data set in COCO's format: colored disks, squares and triangles with masks.
 
-    python benchmarks/make_coco_shapes.py data/coco_shapes --train 400 --val 100
+    python benchmarks/make_coco_shapes.py data/coco_shapes --train 400 --val 60
 
 Every eighth image has no object, and every eighth has a crowd of small disks, annotated as one RLE
 with `iscrowd`. Colors say nothing of the class. Objects do not overlap.
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=400, help="images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=100, help="images (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=60, help="images (default: %(default)s)")
     args = parser.parse_args()
     make_coco_shapes(args.folder, num_train=args.train, num_val=args.val)
     print(f"{args.folder}: {args.train} training and {args.val} validation images")
