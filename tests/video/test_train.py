@@ -155,6 +155,46 @@ def test_two_ranks_train_like_one_process(small_run, tmp_path, norm):
             torch.testing.assert_close(value, states[1][key], rtol=1e-2, atol=1e-3)
 
 
+def test_mixup_average_and_early_stopping_on_two_ranks_are_those_of_one(small_run, tmp_path):
+    options = [
+        "train.mixup=0.4", "train.ema_decay=0.6", "train.best_metric=val/top5",
+        "train.patience=2", "train.validate_every=1", "train.checkpoint_every=1",
+        "train.log_every=1", "train.keep_checkpoints=9",
+    ]  # fmt: skip
+    config = small_run(*options, output_dir=tmp_path / "one")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    train(config, PROCESS)
+    alone = load_checkpoint(latest_checkpoint(tmp_path / "one" / "checkpoints"))
+    two = tmp_path / "two"
+    program = tmp_path / "program.py"  # also saves the average of each rank
+    program.write_text(
+        "import os, sys, torch\n"
+        "from i3d_gn.cli import main\n"
+        "from i3d_gn.engine.loop import TrainingLoop\n"
+        "run = TrainingLoop.run\n"
+        "def run_and_save(loop):\n"
+        "    run(loop)\n"
+        f"    torch.save(loop.average.model.state_dict(), '{two}_' + os.environ['RANK'])\n"
+        "TrainingLoop.run = run_and_save\n"
+        f"sys.exit(main(['train', sys.argv[1], 'output_dir={two}']))\n"
+    )
+    done = in_processes(2, path, program=[str(program)])
+    assert done.returncode == 0, done.stderr
+    saved = load_checkpoint(latest_checkpoint(two / "checkpoints"))
+    assert saved["step"] == alone["step"] < 6  # stopped early
+    averages = [torch.load(f"{two}_{rank}") for rank in (0, 1)]
+    for key, value in saved["model"].items():
+        assert all(torch.equal(value, average[key]) for average in averages)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    for one, other in zip(*logs, strict=True):
+        assert (one["kind"], one["samples"]) == (other["kind"], other["samples"])
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    for states in ((alone, saved), (alone["average"], saved["average"])):
+        for key, value in states[0]["model"].items():
+            torch.testing.assert_close(value, states[1]["model"][key], rtol=1e-2, atol=1e-3)
+
+
 def test_run_writes_config_log_and_checkpoints(small_run, tmp_path):
     config = small_run("train.validate_multi_clip=true", "train.keep_checkpoints=2")
     train(config, PROCESS)
