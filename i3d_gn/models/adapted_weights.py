@@ -44,10 +44,7 @@ def load_adapted_weights(
             its norm. The network is then unchanged.
     """
     origin = "of the given state dict" if isinstance(source, Mapping) else str(source)
-    content: Any = source
-    if not isinstance(source, Mapping):
-        path = download_weights(origin) if is_published_name(origin) else source
-        content, _ = read_weight_file(path)
+    content: Any = source if isinstance(source, Mapping) else _read(source)
     targets = model.net.state_dict()
     tensors = _best_state_dict(content, targets)
     norm_layers = {
@@ -55,7 +52,7 @@ def load_adapted_weights(
         for name, module in model.net.named_modules()
         if isinstance(module, (_BatchNorm, FrozenBatchNorm, GroupNorm))
     }
-    classifier = next(n for n, m in model.net.named_modules() if m is model.classifier())
+    classifier = _classifier_path(model)
     convolutions = [n for n in targets if n.rpartition(".")[0] not in {*norm_layers, classifier}]
     if lacking := [name for name in convolutions if name not in tensors]:
         raise ValueError(_misfit(origin, [n for n in tensors if n not in targets], lacking))
@@ -102,6 +99,34 @@ def load_adapted_weights(
         unused=tuple(name for name in tensors if name not in wanted),
         info=WeightsInfo(source=origin, spatial_dims=3, norm=norm, mean=mean, std=std),
     )
+
+
+def describe_adapted_weights(
+    model: AdaptedNetwork, source: str | PathLike[str]
+) -> tuple[int, bool]:
+    """Number of classes of weights, 0 if they have no classifier, and whether they have batch norm.
+
+    Args:
+        model: The network, with any norm and number of classes, on any device.
+        source: As `load_adapted_weights`, but no state dict.
+
+    Raises:
+        ValueError: The source cannot be read.
+    """
+    tensors = _best_state_dict(_read(source), model.net.state_dict())
+    head = tensors.get(f"{_classifier_path(model)}.weight")
+    has_batch_norm = any(name.endswith(".running_mean") for name in tensors)
+    return 0 if head is None else len(head), has_batch_norm
+
+
+def _read(source: str | PathLike[str]) -> Any:
+    path = download_weights(str(source)) if is_published_name(str(source)) else source
+    content, _ = read_weight_file(path)
+    return content
+
+
+def _classifier_path(model: AdaptedNetwork) -> str:
+    return next(n for n, m in model.net.named_modules() if m is model.classifier())
 
 
 def _misfit(origin: str, unknown: list[str], missing: list[str]) -> str:

@@ -47,7 +47,7 @@ class AdaptedNetwork(VideoNetwork):
         net: The network, from `pack`ed clips to logits.
         classifier: Path in `net` of its last linear layer or 1x1x1 convolution.
         channel_axis: Of that layer's input.
-        stages: Paths in `net` of the stages.
+        stages: Paths in `net` of the stages, whose results are (N, C, T, H, W).
         frame_multiple: The number of frames must be a multiple of this.
     """
 
@@ -105,15 +105,13 @@ class AdaptedNetwork(VideoNetwork):
         """Size (T, H, W) of the last stage's result, of the slow pathway if there are two."""
         maps: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: object, result: Tensor | list[Tensor]) -> None:
-            maps.append(result if isinstance(result, Tensor) else result[0])
-
         on_meta = {
             name: torch.empty_like(tensor, device="meta")
             for name, tensor in (*self.named_parameters(), *self.named_buffers())
         }
         training = self.training
-        handle = self.get_submodule(self.stage_names[-1]).register_forward_hook(keep)
+        last = self.get_submodule(self.stage_names[-1])
+        handle = last.register_forward_hook(lambda _module, _inputs, result: maps.append(result))
         try:
             clip = torch.empty(1, 3, num_frames, height, width, device="meta")
             with torch.no_grad():

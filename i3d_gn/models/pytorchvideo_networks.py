@@ -68,7 +68,8 @@ def pytorchvideo_network(
         "channel_axis": -1,
     }
     if name == "slowfast_r50":
-        stages = tuple(f"blocks.{i}" for i in range(len(net.blocks) - 2))
+        # The results of a block are those of both pathways; a stage is the slow one's.
+        stages = tuple(f"blocks.{i}.multipathway_blocks.0" for i in range(len(net.blocks) - 2))
         return SlowFast(net, stages=stages, frame_multiple=_ALPHA, **options)
     stages = tuple(f"blocks.{i}" for i in range(len(net.blocks) - 1))
     return AdaptedNetwork(net, stages=stages, **options)

@@ -208,11 +208,14 @@ def config_of_checkpoint(
 def config_of_values(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Config:
     """A config of the given sections, for a network whose training is unknown.
 
+    Keys that they omit are those of the published network, if they name one of another library.
+
     Raises:
         ConfigError: As `load_config`; `path` stands before the key in messages.
     """
     unused = {"output_dir": "", "data": {"train_index": "", "val_index": ""}, "train": {"steps": 1}}
-    return from_dict({**unused, **values}, path, Config, _check_values, overrides)
+    published = defaults_of({"model.name": values.get("model", {}).get("name")})
+    return from_dict({**unused, **published, **values}, path, Config, _check_values, overrides)
 
 
 def _check_model(config: Config, path: Path) -> None:

@@ -6,6 +6,7 @@ OUT/videos.jsonl       one line per video: file, windows, fps, length and every 
                        why it is broken; if a video has several lines, the last one counts
 """
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -103,9 +104,12 @@ def features(
     )
     broken: list[str] = []
     parts: dict[int, list[Tensor]] = {}
+    check_size = functools.cache(model.feature_size)  # raises for clips that are too small
     with tqdm(total=len(todo), desc="features", unit="video") as bar:
         for item in loader:
             if item.broken is None:
+                for _, _, height, width in item.crops:
+                    check_size(item.clips.shape[1], height, width)
                 parts.setdefault(item.video, []).append(_pooled(model, item, to_device))
             if not item.is_last:
                 continue

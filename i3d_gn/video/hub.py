@@ -61,7 +61,7 @@ class PretrainedClassifier(
             network.to(memory_format=torch.contiguous_format),  # type: ignore[call-overload]
             mean=tuple(mean),
             std=tuple(std),
-            window=(window[0], window[1]),
+            window=(window[0], window[1]) if network.has_window else None,
             average=self.run_config.test.average,
         )
         self.class_names = None if class_names is None else tuple(class_names)

@@ -88,14 +88,16 @@ def config_of(source: Path, overrides: Sequence[str]) -> Config:
 
 
 def layers(config: Config) -> list[Layer]:
-    """The children of the network in the order in which they run, blocks of stages one by one."""
+    """The units of the network in the order in which they run, blocks of stages one by one."""
     model = _build(config).eval()
     units = dict(_units(model))
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            shapes[name] = tuple(output.shape[1:])
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor | list[Tensor]) -> None:
+            # Where two pathways meet, that of the first.
+            first = output if isinstance(output, Tensor) else output[0]
+            shapes[name] = tuple(first.shape[1:])
 
         return hook
 
@@ -191,13 +193,18 @@ def _build(config: Config) -> nn.Module:
         return build.build_model(config, _META)
 
 
-def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in model.named_children():
-        if isinstance(child, nn.Sequential):
+def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules, with their names, that together are the network; blocks of stages one by one."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        has_lists = any(isinstance(m, nn.ModuleList) for m in (child, *child.children()))
+        if has_lists or path == "net":  # of an AdaptedNetwork
+            yield from _units(child, f"{path}.")
+        elif isinstance(child, nn.Sequential):
             for inner_name, inner in child.named_children():
-                yield f"{name}.{inner_name}", inner
+                yield f"{path}.{inner_name}", inner
         else:
-            yield name, child
+            yield path, child
 
 
 def _clips(config: Config) -> Tensor:

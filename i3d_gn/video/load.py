@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from i3d_gn.engine.checkpoint import BEST, CheckpointError, latest_checkpoint, load_checkpoint
+from i3d_gn.models.adapted_weights import describe_adapted_weights
 from i3d_gn.models.i3d import STAGE_NAMES
+from i3d_gn.models.network import AdaptedNetwork
+from i3d_gn.video import build
 from i3d_gn.video.config import Config, config_of_checkpoint, config_of_values
+from i3d_gn.video.named_networks import is_adapted, network_of_published
 from i3d_gn.video.trained import (
     TrainedNetwork,
     is_weights,
@@ -17,6 +21,7 @@ from i3d_gn.video.trained import (
     trained_from_weights,
 )
 from i3d_gn.weights.read import Weights, read_weights
+from i3d_gn.weights.state_dicts import UnknownNetworkError
 
 # (blocks per stage, channels of conv1) -> the name of the network in a config.
 _NAMES: dict[tuple[tuple[int, ...], int], str] = {
@@ -60,14 +65,23 @@ def load_weights(
 ) -> tuple[TrainedNetwork, Config]:
     """Load what `model.weights` of a config can be; weights of images are inflated.
 
-    Without `needs_head`, the classifier of the network may be untrained.
+    Without `needs_head`, the classifier of the network may be untrained. Files of networks of other
+    libraries do not say which network they are of: `overrides` must, by `model.name`.
 
     Raises:
         CheckpointError: There is no network of these sizes, or what is missing of it is needed.
         ConfigError: An override is wrong.
         ValueError: The weights cannot be read.
     """
-    weights = read_weights(source)
+    if name := _adapted_name(source, overrides):
+        return _load_adapted(name, source, overrides, device, needs_head=needs_head)
+    try:
+        weights = read_weights(source)
+    except UnknownNetworkError as error:
+        raise CheckpointError(
+            f"{error}; if it is a network by name (docs/norms.md), set model.name, such as "
+            "model.name=x3d_s"
+        ) from error
     config = config_of_values(_config_values(weights, source), Path(source), overrides)
     trained = trained_from_weights(weights, source, config, device, needs_head=needs_head)
     return trained, config
@@ -82,6 +96,31 @@ def _checkpoint_of_run(folder: Path) -> Path:
             f"no checkpoint in {folder}; give the output_dir of a training run, or a checkpoint"
         )
     return path
+
+
+def _adapted_name(source: str, overrides: Sequence[str]) -> str | None:
+    """The network of another library that the overrides or published weights name."""
+    given = [o.partition("=")[2] for o in overrides if o.startswith("model.name=")]
+    name = given[-1] if given else network_of_published(source)
+    return name if name is not None and is_adapted(name) else None
+
+
+def _load_adapted(
+    name: str, source: str, overrides: Sequence[str], device: torch.device, *, needs_head: bool
+) -> tuple[TrainedNetwork, Config]:
+    """Load weights of a network of another library, with its own norm unless overrides say."""
+
+    def config_of(model: dict[str, Any]) -> Config:
+        return config_of_values({"model": {"name": name, **model}}, Path(source), overrides)
+
+    with torch.device("meta"):
+        empty = build.build_model(config_of({"num_classes": 1}), torch.device("meta"))
+    assert isinstance(empty, AdaptedNetwork)
+    num_classes, has_batch_norm = describe_adapted_weights(empty, source)
+    norm = {"norm": "bn"} if has_batch_norm else {}
+    config = config_of({"num_classes": num_classes or 1, **norm})
+    trained = trained_from_weights(source, source, config, device, needs_head=needs_head)
+    return trained, config
 
 
 def _config_values(weights: Weights, source: str) -> dict[str, Any]:

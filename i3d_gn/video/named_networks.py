@@ -45,6 +45,9 @@ _PYTORCHVIDEO = {
 _TORCHVISION_INPUT = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
 _PYTORCHVIDEO_INPUT = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 
+# Weights of these networks of pytorchvideo are converted to our own (docs/weights.md).
+_READ_AS_I3D = ("i3d_r50", "c2d_r50")
+
 # Options of I3D, which other networks do not have.
 I3D_OPTIONS = (
     "stem", "inflate", "pool_padding", "stride_in", "zero_init_last_norm", "checkpoint_stages",
@@ -55,6 +58,15 @@ I3D_OPTIONS = (
 def is_adapted(name: str) -> bool:
     """Whether `name` is a network of another library."""
     return name in _TORCHVISION or name in _PYTORCHVIDEO
+
+
+def network_of_published(source: str) -> str | None:
+    """The network of published weights that are not read as I3D; None if `source` is not of one."""
+    if source.startswith("pytorchvideo/"):
+        name = source.removeprefix("pytorchvideo/")
+        return name if is_adapted(name) and name not in _READ_AS_I3D else None
+    name, is_enum, _ = source.lower().partition("_weights.")
+    return name if is_enum and is_adapted(name) else None
 
 
 def defaults_of(given: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from i3d_gn.weights.download import download_weights, is_published_name, is_torchvision_name
 from i3d_gn.weights.files import read_weight_file, write_safetensors
 from i3d_gn.weights.info import WeightsInfo
-from i3d_gn.weights.state_dicts import Entry, find_entry
+from i3d_gn.weights.state_dicts import Entry, UnknownNetworkError, find_entry
 from i3d_gn.weights.tensor_names import (
     Naming,
     first_names,
@@ -203,7 +203,7 @@ def _source_names(tensors: Mapping[str, Tensor], naming: Naming, origin: str) ->
     }
     unknown = [name for name, own in renamed.items() if own is None]
     if unknown:
-        raise ValueError(
+        raise UnknownNetworkError(
             f"weights {origin}: the names are those of {naming}, but the network is not a plain "
             f"ResNet: unknown tensors {first_names(unknown)} (non-local blocks, two pathways and "
             "Caffe's BGR batch norm models are not supported)"

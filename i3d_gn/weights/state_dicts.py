@@ -38,6 +38,10 @@ class Entry:
     prefix: str
 
 
+class UnknownNetworkError(ValueError):
+    """The names of the tensors are those of no network that is known here."""
+
+
 def find_entry(content: Any, wanted: str | None, origin: str) -> tuple[Entry, tuple[str, ...]]:
     """The state dict to read, and the names of the others.
 
@@ -49,11 +53,12 @@ def find_entry(content: Any, wanted: str | None, origin: str) -> tuple[Entry, tu
         origin: Of the content, for messages.
 
     Raises:
-        ValueError: There is none, or it is not clear which one is meant.
+        UnknownNetworkError: There is none.
+        ValueError: It is not clear which one is meant.
     """
     entries = _entries(content)
     if not entries:
-        raise ValueError(_nothing_found(content, origin))
+        raise UnknownNetworkError(_nothing_found(content, origin))
     if wanted is not None:
         chosen = [e for e in entries if f"{e.name}.".startswith(f"{wanted}.")]
     else:

@@ -8,18 +8,13 @@ import torch
 from torch import nn
 from torchvision.models import video as torchvision_video
 
-from i3d_gn.engine.checkpoint import latest_checkpoint
 from i3d_gn.engine.typed_config import ConfigError, load_typed, to_yaml
-from i3d_gn.models.network import AdaptedNetwork
 from i3d_gn.models.pytorchvideo_networks import PytorchvideoName, SlowFast
 from i3d_gn.models.torchvision_video import TorchvisionName
 from i3d_gn.norm import BatchRenorm, FrozenBatchNorm, GroupNorm
 from i3d_gn.video import build
 from i3d_gn.video.config import Config, ModelConfig, load_config
-from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.named_networks import is_adapted
-from i3d_gn.video.train import train
-from i3d_gn.video.trained import load_trained
 
 with warnings.catch_warnings():
     # fvcore, which pytorchvideo imports, uses a deprecated function of torch.
@@ -224,44 +219,3 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
     assert model.net.fc.weight.shape == (5, 512)
     assert all(torch.equal(p, torch.ones_like(p)) for n, p in model.named_parameters()
                if n.endswith("layer2.0.conv1.1.weight"))  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["r3d_18", "x3d_xs"])
-def test_train_evaluate_and_load(name, small_run, one_process, tmp_path):
-    overrides = [
-        *small(name), "train.steps=2", "train.validate_every=2", "train.lr=0.001",
-        "train.validate_multi_clip=true", "test.spatial=center", "test.num_clips=2",
-    ]  # fmt: skip
-    if name == "r3d_18":
-        overrides += ["test.spatial=three_crop", f"test.short_side={SMALL[name][1] + 4}"]
-    config = small_run(*overrides, "model.dropout=0.0", "test.average=logits")
-    train(config, one_process)
-    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
-    results = evaluate(config, None, one_process)
-    assert results["num_videos"] == 6
-    network = load_trained(checkpoint, config, CPU)
-    assert isinstance(network.model, AdaptedNetwork)
-    assert network.mean == pytest.approx(config.data.mean)
-    # Further training starts from it, with the same values.
-    again = small_run(*overrides, f"model.weights={checkpoint}")
-    model = build.build_model(again, CPU)
-    build.load_starting_weights(model, again)
-    for (key, a), b in zip(
-        model.state_dict().items(), network.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("r3d_18", "x3d_xs")])
-def test_one_training_step_of_the_others(name, tmp_path):
-    config = config_of(tmp_path, *small(name))
-    model = build.build_model(config, CPU).train()
-    clip = config.clip
-    clips = torch.randn(1, 3, clip.num_frames, clip.crop_size, clip.crop_size)
-    loss = nn.functional.cross_entropy(model(clips), torch.tensor([1]))
-    loss.backward()
-    assert torch.isfinite(loss)
-    missing = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not missing
-    assert model.classifier().weight.grad.any()
