@@ -105,13 +105,15 @@ class AdaptedNetwork(VideoNetwork):
         """Size (T, H, W) of the last stage's result, of the slow pathway if there are two."""
         maps: list[Tensor] = []
 
+        def keep(_module: nn.Module, _inputs: object, result: Tensor) -> None:
+            maps.append(result)
+
         on_meta = {
             name: torch.empty_like(tensor, device="meta")
             for name, tensor in (*self.named_parameters(), *self.named_buffers())
         }
         training = self.training
-        last = self.get_submodule(self.stage_names[-1])
-        handle = last.register_forward_hook(lambda _module, _inputs, result: maps.append(result))
+        handle = self.get_submodule(self.stage_names[-1]).register_forward_hook(keep)
         try:
             clip = torch.empty(1, 3, num_frames, height, width, device="meta")
             with torch.no_grad():
