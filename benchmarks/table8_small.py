@@ -1,7 +1,7 @@
 """Table 8 of Group Normalization in small: table and curves of docs/results/table8_small.md.
 
-Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml` that are finished. Their folders
-are named <cell>-<fold>, and cells <norm>_<frames>x<stride>_<clips per worker>.
+Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml`, of the folds that are finished.
+Their folders are named <cell>-<fold>, and cells <norm>_<frames>x<stride>_<clips per worker>.
 
     python benchmarks/table8_small.py runs/table8_small --groups data/fight_surv/list.csv \
         --figure docs/results/table8_small.png
@@ -35,12 +35,13 @@ COLORS = {"8x4_8": "#0072b2", "8x4_4": "#d55e00", "16x2_4": "#009e73"}  # of Oka
 
 
 def finished(folder: Path) -> dict[str, list[Path]]:
-    """Cell -> its runs that have been tested."""
-    cells: dict[str, list[Path]] = defaultdict(list)
+    """Cell -> its runs, of the folds that have been tested in every cell."""
+    runs: dict[str, dict[str, Path]] = defaultdict(dict)
     for results in sorted(folder.glob("*/test_*/results.json")):
-        run = results.parent.parent
-        cells[run.name.split("-")[0]].append(run)
-    return cells
+        cell, _, fold = results.parent.parent.name.partition("-")
+        runs[cell][fold] = results.parent.parent
+    folds = sorted(set.intersection(*map(set, runs.values()))) if runs else []
+    return {cell: [of_cell[fold] for fold in folds] for cell, of_cell in runs.items()}
 
 
 def main_table(entries: dict[str, Entry], groups: dict[str, str]) -> str:
