@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,19 @@ def append(path: Path, fault: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(fault) + "\n")
+
+
+def inject(record: Path, number: int, kind: str, fault: Callable[[], None]) -> None:
+    """Run a round: `fault` raises `FaultError` unless what it injects is survived; record it."""
+    outcome, detail, started = "survived", "", time.monotonic()
+    try:
+        fault()
+    except FaultError as error:
+        outcome, detail = error.outcome, str(error)
+    result = {"kind": kind, "outcome": outcome, "round": number, "detail": detail}
+    append(record, {**result, "seconds": round(time.monotonic() - started, 1)})
+    if detail:
+        print(json.dumps(result), file=sys.stderr, flush=True)
 
 
 def table(faults: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ Run the same command again to resume. Prints the table of `reliability.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import shutil
@@ -24,10 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reliability import FaultError, append, read_record, table
+from reliability import FaultError, inject, read_record, table
 from soak_data_tools import file_hashes
 
 STEPS = ("resize", "index", "pack")
@@ -203,15 +203,8 @@ def main() -> int:
             shutil.rmtree(work.folder)
             shutil.copytree(undisturbed.folder / "videos", work.folder / "videos")
             kind = list(KINDS)[number % len(KINDS)]
-            outcome, detail, started = "survived", "", time.monotonic()
-            try:
-                KINDS[kind](work, undisturbed, random.Random(f"{arguments.seed}-{number}"))
-            except FaultError as error:
-                outcome, detail = error.outcome, str(error)
-            fault = {"kind": kind, "outcome": outcome, "round": number, "detail": detail}
-            append(arguments.record, {**fault, "seconds": round(time.monotonic() - started, 1)})
-            if detail:
-                print(json.dumps(fault), file=sys.stderr, flush=True)
+            rng = random.Random(f"{arguments.seed}-{number}")
+            inject(arguments.record, number, kind, partial(KINDS[kind], work, undisturbed, rng))
     faults = read_record(arguments.record)
     print(table(faults))
     return int(any(fault["outcome"] != "survived" for fault in faults))

@@ -21,19 +21,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
-import json
 import random
 import resource
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from reliability import FaultError, append, read_record, table
+from reliability import FaultError, inject, read_record, table
 from soak_runs import BATCH, NUM_TRAIN, STEPS, Command, Run, Soak, children, same_test
 
 from i3d_gn.engine.checkpoint import list_checkpoints, load_checkpoint
@@ -290,15 +289,8 @@ def main() -> int:
             if number in done:
                 continue
             kind = arguments.kinds[number % len(arguments.kinds)]
-            outcome, detail, started = "survived", "", time.monotonic()
-            try:
-                KINDS[kind](soak, random.Random(f"{arguments.seed}-{number}"))
-            except FaultError as error:
-                outcome, detail = error.outcome, str(error)
-            fault = {"kind": kind, "outcome": outcome, "round": number, "detail": detail}
-            append(arguments.record, {**fault, "seconds": round(time.monotonic() - started, 1)})
-            if detail:
-                print(json.dumps(fault), file=sys.stderr, flush=True)
+            rng = random.Random(f"{arguments.seed}-{number}")
+            inject(arguments.record, number, kind, partial(KINDS[kind], soak, rng))
     faults = read_record(arguments.record)
     print(table(faults))
     return int(any(fault["outcome"] != "survived" for fault in faults))

@@ -127,7 +127,11 @@ def test_features_are_those_of_each_clip_alone(run, tmp_path, capsys):
         # Channels are last before a linear layer, and first before S3D's convolution.
         channels = 1 if run.name == "s3d" else -1
         rows = [x.movedim(channels, 1).flatten(2).mean(2) if x.dim() > 2 else x for x in seen]
-        np.testing.assert_allclose(row, torch.cat(rows).mean(0).numpy(), rtol=1e-3, atol=1e-4)
+        # S3D differed by up to 3e-5, the others by less than the usual tolerance.
+        scale = 10 if run.name == "s3d" else 1
+        np.testing.assert_allclose(
+            row, torch.cat(rows).mean(0).numpy(), rtol=scale * 1e-4, atol=scale * 1e-5
+        )
     if run.name in ("s3d", "slowfast_r50"):
         capsys.readouterr()
         assert cli.main([*command[:2], str(tmp_path / "short"), *command[3:], "--length", "1"]) == 2
