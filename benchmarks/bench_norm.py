@@ -58,7 +58,10 @@ def peers(num_channels: int, device: str) -> Iterator[tuple[str, Callable[[Tenso
     ours = GroupNorm(NUM_GROUPS, num_channels).to(device)
     yield "ours", lambda x: ours(x, relu=True)
     yield "ours, contiguous", lambda x: ours(x, relu=True)
-    torchs = nn.GroupNorm(NUM_GROUPS, num_channels).to(device)
+    # The CUDA kernel requires weights of x's dtype.
+    torchs = nn.GroupNorm(NUM_GROUPS, num_channels).to(
+        device, torch.bfloat16 if device == "cuda" else torch.float32
+    )
     yield "torch.nn.GroupNorm", lambda x: F.relu(torchs(x), inplace=True)
     yield "torch.nn.GroupNorm, contiguous", lambda x: F.relu(torchs(x), inplace=True)
     batch_norm = nn.BatchNorm3d(num_channels).to(device)

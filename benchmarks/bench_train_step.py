@@ -162,7 +162,7 @@ def main() -> None:
                         peaks[key] = torch.cuda.max_memory_allocated() - before
                         torch.cuda.empty_cache()
                     steps[key], layouts[key] = step, channels_last
-        repeats = (5 if args.quick else 20) if cuda else (3 if args.quick else 5)
+        repeats = (5 if args.quick else 10) if cuda else (3 if args.quick else 5)
         for name, seconds in median_seconds(
             steps, device=args.device, repeats=repeats, warm_up=1
         ).items():
