@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import pkgutil
 import sys
 
 from i3d_gn import __version__
@@ -61,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         help="`i3d-gn COMMAND --help` lists them",
     )
     args = parser.parse_args(argv)
-    module, _, function = COMMANDS[args.command][0].partition(":")
-    command = getattr(importlib.import_module(module), function)
+    command = pkgutil.resolve_name(COMMANDS[args.command][0])
     return run_command(lambda: command(args.arguments))
 
 

@@ -11,6 +11,7 @@ from i3d_gn.data import loader
 from i3d_gn.data.batches import Sample
 from i3d_gn.detection.coco import CocoImages, DetectionBatch
 from i3d_gn.detection.config import DetectionConfig
+from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models.mask_rcnn import mask_rcnn_c4, mask_rcnn_fpn
@@ -75,13 +76,6 @@ def load_images(folder: str, annotations: str, config: DetectionConfig) -> CocoI
             f"{config.model.num_classes}; set model.num_classes={count}"
         )
     return images
-
-
-def num_workers(config: DetectionConfig, process: Process) -> int:
-    """Loader workers of this rank."""
-    if config.data.num_workers is not None:
-        return config.data.num_workers
-    return loader.default_num_workers(process.device, process.world_size)
 
 
 def image_loader(

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
+from i3d_gn.engine.train_command import train_command
 
 _EXAMPLE = "configs/coco/fpn_r50_gn.yaml"
 
@@ -13,24 +14,12 @@ def train(argv: list[str]) -> int:
     parser = config_parser(
         "train-coco", "Train Mask R-CNN from one YAML file, as [GN] section 4.2 does.", _EXAMPLE
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and exit"
+    return train_command(
+        parser,
+        argv,
+        load_config="i3d_gn.detection.config:load_detection_config",
+        train="i3d_gn.detection.train:train_coco",
     )
-    args = parser.parse_intermixed_args(argv)
-    from i3d_gn.detection.config import load_detection_config
-    from i3d_gn.engine.typed_config import to_yaml
-
-    config = load_detection_config(args.config, tuple(args.overrides))
-    if args.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    from i3d_gn.detection.train import train_coco
-    from i3d_gn.engine.distributed import init_process_group
-
-    start_logging()
-    with init_process_group(timeout_minutes=config.train.rank_timeout_minutes) as process:
-        train_coco(config, process)
-    return 0
 
 
 def evaluate(argv: list[str]) -> int:

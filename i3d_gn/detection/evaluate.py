@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import EachItemOnce
 from i3d_gn.data.to_device import autocast
 from i3d_gn.detection import build
@@ -20,6 +19,7 @@ from i3d_gn.detection.coco import (
 )
 from i3d_gn.detection.config import DetectionConfig
 from i3d_gn.engine.checkpoint import latest_checkpoint
+from i3d_gn.engine.cores import limit_compute_threads
 from i3d_gn.engine.distributed import Process, broadcast_from_main, gather_on_main
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.files import print_line, write_json
@@ -42,9 +42,7 @@ def evaluate_coco(config: DetectionConfig, process: Process, checkpoint: Path | 
         ConfigError: There is no checkpoint.
         ValueError: The weights do not fit the network, or data cannot be read.
     """
-    limit_compute_threads(
-        process.device, process.world_size, num_workers=build.num_workers(config, process)
-    )
+    limit_compute_threads(config, process)
     output_dir = Path(config.output_dir)
     path = checkpoint or latest_checkpoint(output_dir / "checkpoints")
     if path is None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
-from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import ShuffledMicroBatches
 from i3d_gn.data.to_device import autocast
 from i3d_gn.detection import build
@@ -23,11 +22,10 @@ from i3d_gn.detection.coco import DetectionBatch, TrainingCoco
 from i3d_gn.detection.config import DetectionConfig
 from i3d_gn.detection.evaluate import images_of, summary, test, write_results
 from i3d_gn.engine.classification import saved_normalization
-from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, all_reduce_sum
-from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.run_log import RunLog
 from i3d_gn.engine.task import Task
+from i3d_gn.engine.training import train_task
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models.mask_rcnn import load_detector_weights
 
@@ -45,16 +43,7 @@ def train_coco(config: DetectionConfig, process: Process) -> None:
         NonFiniteLossError: Training diverged; checkpoints saved before that are good.
         ValueError: An image or the weights cannot be read.
     """
-    limit_compute_threads(
-        process.device, process.world_size, num_workers=build.num_workers(config, process)
-    )
-    task = DetectionTraining(config, process)
-    output_dir = Path(config.output_dir)
-    loop = TrainingLoop(task, config.train, config=config, seed=config.seed, output_dir=output_dir)
-    try:
-        loop.run()
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; try a lower train.lr") from error
+    train_task(DetectionTraining(config, process), config.train, config)
 
 
 class LossMetrics:

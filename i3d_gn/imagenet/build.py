@@ -13,6 +13,7 @@ from i3d_gn.data import loader
 from i3d_gn.data.batches import Batch, Sample
 from i3d_gn.data.images import LabeledImages
 from i3d_gn.data.to_device import ToDevice
+from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.typed_config import ConfigError
@@ -134,13 +135,6 @@ def image_loader(
     """A loader of micro-batches."""
     workers = num_workers(config, process)
     return loader.batch_loader(images, order, num_workers=workers, device=process.device)
-
-
-def num_workers(config: ImagenetConfig, process: Process) -> int:
-    """Loader workers of this rank."""
-    if config.data.num_workers is not None:
-        return config.data.num_workers
-    return loader.default_num_workers(process.device, process.world_size)
 
 
 def to_device(config: ImagenetConfig, process: Process) -> ToDevice:

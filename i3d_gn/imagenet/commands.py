@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from i3d_gn.engine.command import config_parser, start_logging
+from i3d_gn.engine.command import config_parser
+from i3d_gn.engine.train_command import train_command
 from i3d_gn.files import print_line
 
 
@@ -14,24 +15,12 @@ def train(argv: list[str]) -> int:
         "Train an image network from one YAML file, as [GN] section 4.1 does on ImageNet.",
         "configs/imagenet/gn.yaml",
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and exit"
+    return train_command(
+        parser,
+        argv,
+        load_config="i3d_gn.imagenet.config:load_imagenet_config",
+        train="i3d_gn.imagenet.train:train_imagenet",
     )
-    args = parser.parse_intermixed_args(argv)
-    from i3d_gn.engine.typed_config import to_yaml
-    from i3d_gn.imagenet.config import load_imagenet_config
-
-    config = load_imagenet_config(args.config, tuple(args.overrides))
-    if args.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    from i3d_gn.engine.distributed import init_process_group
-    from i3d_gn.imagenet.train import train_imagenet
-
-    start_logging()
-    with init_process_group(timeout_minutes=config.train.rank_timeout_minutes) as process:
-        train_imagenet(config, process)
-    return 0
 
 
 def table(argv: list[str]) -> int:

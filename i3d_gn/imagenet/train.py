@@ -16,13 +16,11 @@ from torch import nn
 
 from i3d_gn.data.batches import Batch
 from i3d_gn.data.images import CenterImages, TrainingImages
-from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import EachItemOnce, ShuffledMicroBatches
 from i3d_gn.engine.classification import ClassificationTask, validate
-from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.run_log import RunLog, read_log
+from i3d_gn.engine.training import train_task
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.files import write_json
 from i3d_gn.imagenet import build
@@ -39,18 +37,10 @@ def train_imagenet(config: ImagenetConfig, process: Process) -> None:
         NonFiniteLossError: Training diverged; checkpoints saved before that are good.
         ValueError: An image cannot be read.
     """
-    limit_compute_threads(
-        process.device, process.world_size, num_workers=build.num_workers(config, process)
-    )
     task = ImageTraining(config, process)
-    output_dir = Path(config.output_dir)
-    loop = TrainingLoop(task, task.recipe, config=config, seed=config.seed, output_dir=output_dir)
-    try:
-        loop.run()
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; try a lower train.lr") from error
+    train_task(task, task.recipe, config)
     if process.is_main:
-        _write_results(output_dir, config.train.epochs_of_median)
+        _write_results(Path(config.output_dir), config.train.epochs_of_median)
 
 
 class ImageTraining(ClassificationTask):

@@ -15,6 +15,7 @@ from i3d_gn.data import loader
 from i3d_gn.data.batches import Batch, Sample, Stream
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.videos import RandomClips, TestVideos
+from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models import I3D, VideoNetwork, i3d_resnet50, i3d_resnet101, i3d_small, i3d_tiny
@@ -343,10 +344,3 @@ def uses_channels_last(config: Config, device: torch.device) -> bool:
         return config.train.channels_last
     contiguous = config.model.norm in ("gn", "ln", "in") and config.train.precision == "fp32"
     return not (device.type == "cpu" and contiguous)
-
-
-def num_workers(config: Config, process: Process) -> int:
-    """Loader workers of this rank."""
-    if config.data.num_workers is not None:
-        return config.data.num_workers
-    return loader.default_num_workers(process.device, process.world_size)

@@ -5,6 +5,7 @@ import glob
 from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
+from i3d_gn.engine.train_command import train_command
 from i3d_gn.files import print_line
 
 _CHECKPOINT_HELP = "checkpoint, output_dir of a run, or weights of a video network"
@@ -15,24 +16,12 @@ def train(argv: list[str]) -> int:
     parser = config_parser(
         "train", "Train a video network from one YAML file.", "configs/demo.yaml or demo"
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and exit"
+    return train_command(
+        parser,
+        argv,
+        load_config="i3d_gn.video.config:load_config",
+        train="i3d_gn.video.train:train",
     )
-    args = parser.parse_intermixed_args(argv)
-    from i3d_gn.engine.typed_config import to_yaml
-    from i3d_gn.video.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    if args.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    from i3d_gn.engine.distributed import init_process_group
-    from i3d_gn.video.train import train as train_network
-
-    start_logging()
-    with init_process_group(timeout_minutes=config.train.rank_timeout_minutes) as process:
-        train_network(config, process)
-    return 0
 
 
 def evaluate(argv: list[str]) -> int:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
+from i3d_gn.engine.cores import limit_compute_threads
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, to_dict
 from i3d_gn.files import file_sha256, print_line, write_json
@@ -41,9 +41,7 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         CheckpointError: The checkpoint is missing, unreadable, or of another model.
         ValueError: The index does not match, or no video could be decoded.
     """
-    limit_compute_threads(
-        process.device, process.world_size, num_workers=build.num_workers(config, process)
-    )
+    limit_compute_threads(config, process)
     if checkpoint is None:
         folder = Path(config.output_dir) / "checkpoints"
         checkpoint = latest_checkpoint(folder)

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from i3d_gn.data.batches import Batch, Stream
-from i3d_gn.data.loader import limit_compute_threads
 from i3d_gn.data.samplers import EachItemOnce, ShuffledMicroBatches
 from i3d_gn.engine.classification import (
     ClassificationTask,
@@ -21,12 +20,11 @@ from i3d_gn.engine.classification import (
     saved_normalization,
     validate,
 )
-from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process, barrier
-from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.mixing import MixSamples
 from i3d_gn.engine.precise_bn import get_bn_modules, update_bn_stats
 from i3d_gn.engine.run_log import RunLog
+from i3d_gn.engine.training import train_task
 from i3d_gn.models import VideoNetwork
 from i3d_gn.video import build
 from i3d_gn.video.config import LR_STAGES, Config
@@ -44,20 +42,8 @@ def train(config: Config, process: Process) -> None:
         NonFiniteLossError: Training diverged; checkpoints saved before that are good.
         ValueError: Too many clips failed to decode.
     """
-    limit_compute_threads(
-        process.device, process.world_size, num_workers=build.num_workers(config, process)
-    )
     task = VideoTraining(config, process)
-    config = task.config
-    loop = TrainingLoop(
-        task, config.train, config=config, seed=config.seed, output_dir=Path(config.output_dir)
-    )
-    try:
-        loop.run()
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(
-            f"{error}; try a lower train.lr, train.warmup_steps or train.clip_grad_norm"
-        ) from error
+    train_task(task, task.config.train, task.config)
 
 
 class VideoTraining(ClassificationTask):

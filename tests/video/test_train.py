@@ -234,7 +234,9 @@ def test_divergence_keeps_the_last_good_checkpoint(small_run, tmp_path, monkeypa
 
     monkeypatch.setattr(Trainer, "step", diverges)
     with pytest.raises(
-        NonFiniteLossError, match=r"not finite at step 4; .*last good checkpoint is .*step_00000002"
+        NonFiniteLossError,
+        match=r"not finite at step 4; .*last good checkpoint is .*step_00000002.*; "
+        r"try a lower train.lr or train.warmup_steps or train.clip_grad_norm",
     ):
         train(small_run(), PROCESS)
     saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
