@@ -14,7 +14,7 @@ from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.command import NonFiniteLossError, Stopped
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.loop import TrainingLoop
-from i3d_gn.engine.recipe import Recipe, check_optimizer_values
+from i3d_gn.engine.recipe import Recipe, check_shared_recipe
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.task import Task
 from i3d_gn.engine.typed_config import ConfigError
@@ -358,7 +358,7 @@ def test_logging_activations_changes_no_result(tmp_path):
 
 def test_layers_of_a_compiled_network_are_refused():
     with pytest.raises(ConfigError, match=r"train\.log_activations .*train\.compile=false"):
-        check_optimizer_values(recipe(log_activations=("linear",), compile=True), "train.")
+        check_shared_recipe(recipe(log_activations=("linear",), compile=True), "train.")
 
 
 def test_environment_names_versions_and_device(tmp_path):
