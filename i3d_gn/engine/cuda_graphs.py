@@ -26,8 +26,12 @@ def can_capture(model: nn.Module) -> bool:
 def launch_as_graphs(model: nn.Module) -> None:
     """Make forward and backward of `model` in training two CUDA graphs, captured at its first call.
 
-    Before wrapping it in DDP. Other inputs, validation and `torch.no_grad` run as before. Backward
-    returns gradients in memory that the next backward overwrites.
+    Before wrapping it in DDP. Calls with more than one tensor or with inputs of another kind,
+    validation and `torch.no_grad` run as before. Backward returns gradients in memory that the next
+    backward overwrites.
+
+    Raises (at the first call):
+        ConfigError: The network cannot be captured.
     """
     model.forward = _Graphed(model)
 
@@ -41,9 +45,10 @@ class _Graphed:
         self._graphs: Callable[[Tensor], Tensor] | None = None
         self._captured_for: tuple[object, ...] = ()
 
-    def __call__(self, x: Tensor, **options: object) -> Tensor:
-        if not self._model.training or not torch.is_grad_enabled() or options:
-            return self._forward(x, **options)
+    def __call__(self, *inputs: Tensor, **options: object) -> Tensor:
+        if not self._model.training or not torch.is_grad_enabled() or options or len(inputs) != 1:
+            return self._forward(*inputs, **options)
+        x = inputs[0]
         if self._graphs is None:
             self._graphs = self._capture(x)
             self._captured_for = _kind(x)
