@@ -73,6 +73,8 @@ class _Graphed:
                 torch.cuda.make_graphed_callables(
                     model, (x.detach().clone(),), allow_unused_input=True
                 )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConfigError(
                 f"the network could not be captured as a CUDA graph ({error}); set "
