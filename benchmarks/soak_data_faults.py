@@ -145,7 +145,10 @@ def damage_ledger(work: Work, undisturbed: Work, rng: random.Random) -> None:
 
 
 def change_source(work: Work, undisturbed: Work, rng: random.Random) -> None:
-    """A source video is deleted, truncated or replaced after a run over all."""
+    """A source video is deleted, truncated or replaced after a run over all.
+
+    The copy of a deleted one must be named, for sources may be deleted to save space.
+    """
     work.finish()
     videos = sorted((work.folder / "videos").rglob("*.mp4"))
     video, other = rng.sample(videos, 2)
@@ -160,6 +163,12 @@ def change_source(work: Work, undisturbed: Work, rng: random.Random) -> None:
     shutil.rmtree(fresh.folder, ignore_errors=True)
     shutil.copytree(work.folder / "videos", fresh.folder / "videos")
     try:
+        if how == "deleted":
+            _, output = work.end(work.start("resize"))
+            copy = video.relative_to(work.folder / "videos")
+            if "sources are gone" not in output or copy.as_posix() not in output:
+                raise FaultError("silently wrong", f"its copy is kept: {output[-300:]}")
+            (work.folder / "out" / "small" / copy).unlink()
         for each in (work, fresh):
             for step in STEPS:
                 each.end(each.start(step))  # which fail alike, if a video is broken

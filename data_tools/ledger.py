@@ -62,6 +62,11 @@ class Ledger:
         """Whether any run has recorded results here, or started to."""
         return bool(_siblings(self._common_path))
 
+    @property
+    def known_keys(self) -> set[str]:
+        """The keys for which a result is recorded."""
+        return set(self._entries)
+
     def get(self, key: str, fingerprint: Any) -> Any | None:
         """The result recorded for `key`, or None if there is none with this fingerprint."""
         entry = self._entries.get(key)

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
 class ResizeReport:
     """Videos written by this run, kept from earlier runs, and failed (source -> reason).
 
-    `skipped` are files of the source without a video extension.
+    `skipped` are files of the source without a video extension, `without_source` the copies of
+    videos that are no longer in the source; they stay.
     """
 
     output: Path
@@ -122,6 +123,7 @@ class ResizeReport:
     num_bytes: int
     failed: dict[str, str]
     skipped: list[str]
+    without_source: list[str]
 
     @property
     def path(self) -> Path:
@@ -139,6 +141,7 @@ class ResizeReport:
             "num_skipped": len(self.skipped),
             "failed": [{"path": path, "reason": why} for path, why in sorted(self.failed.items())],
             "skipped": self.skipped,
+            "without_source": self.without_source,
         }
 
     def print_summary(self) -> None:
@@ -151,6 +154,12 @@ class ResizeReport:
         if self.skipped:
             print(f"skipped files (not videos): {len(self.skipped)}")
             print_first(self.skipped)
+        if self.without_source:
+            print(
+                f"copies kept though their sources are gone: {len(self.without_source)}; delete "
+                "them if they do not belong to the data set anymore"
+            )
+            print_first(self.without_source)
         print_line(f"report: {self.path}")
 
 
@@ -227,6 +236,7 @@ def resize_videos(
         num_bytes=sum(done["num_bytes"] for done in step.results.values()),
         failed=failed,
         skipped=skipped,
+        without_source=_without_source(output, outputs, known),
     )
     write_json(report.path, report.as_json())
     return report
@@ -255,13 +265,24 @@ def _check_earlier_copies(
     )
 
 
+def _without_source(output: Path, outputs: dict[str, str], known: Ledger) -> list[str]:
+    """Copies that earlier runs made of videos which are gone."""
+    current = set(outputs.values())
+    earlier = sorted({_copy_name(video) for video in known.known_keys} - current)
+    return [name for name in earlier if (output / name).is_file()]
+
+
+def _copy_name(video: str) -> str:
+    return PurePosixPath(video).with_suffix(".mp4").as_posix()
+
+
 def _output_names(source: Path, videos: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The output of each source, and reasons why others have none."""
     outputs: dict[str, str] = {}
     failed: dict[str, str] = {}
     source_of: dict[str, str] = {}
     for video in videos:
-        name = PurePosixPath(video).with_suffix(".mp4").as_posix()
+        name = _copy_name(video)
         if not (source / video).is_file():
             failed[video] = "a broken link, or not a regular file"
         elif name in source_of:

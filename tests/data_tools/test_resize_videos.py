@@ -331,6 +331,22 @@ def test_skipped_files_are_named(tmp_path, place_clip, capsys):
     assert "skipped files (not videos): 1\n    a/2.rmvb\n" in capsys.readouterr().out
 
 
+def test_copy_whose_source_is_gone_is_kept_and_named(tmp_path, place_clip, capsys):
+    for name in ("in/a/1.mp4", "in/a/2.mp4"):
+        place_clip(tmp_path / name)
+    output = tmp_path / "out"
+    assert run(tmp_path / "in", output, "--short-side", 32) == 0
+    assert report_of(output)["without_source"] == []
+    assert "sources are gone" not in capsys.readouterr().out
+    (tmp_path / "in/a/1.mp4").unlink()
+    # A copy of another file with the name is not of the one that is gone.
+    (tmp_path / "in/a/2.mp4").rename(tmp_path / "in/a/2.avi")
+    assert run(tmp_path / "in", output, "--short-side", 32) == 0
+    assert report_of(output)["without_source"] == ["a/1.mp4"]
+    assert "sources are gone: 1; delete them if" in capsys.readouterr().out
+    assert (output / "a/1.mp4").is_file()
+
+
 def test_broken_source_keeps_no_earlier_copy(tmp_path, place_clip):
     for name in "ab":
         place_clip(tmp_path / "in" / f"{name}.mp4")
