@@ -18,12 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any, Literal
 
 # Not fork: the fork of a process with decoder threads can deadlock.
 _spawn = multiprocessing.get_context("spawn")
+# How long a child may take to remove the file that it is writing.
+_END_SECONDS = 2.0
 
 
 FailureKind = Literal["refused", "error", "crash", "timeout", "memory", "lost"]
@@ -78,6 +81,9 @@ def map_in_processes(
                     worker.start_item(i, items[i], deadline=time.monotonic() + timeout_seconds)
             yield from _collect(workers, timeout_seconds=timeout_seconds)
     finally:
+        for worker in workers:
+            if worker.item is not None:
+                worker.terminate()  # at the same time
         for worker in workers:
             worker.stop()
 
@@ -137,7 +143,13 @@ class _Worker:
             daemon=True,
             name="data_tools worker",
         )
-        self._process.start()
+        resource_tracker.ensure_running()  # when it starts, it unblocks Ctrl-C
+        # Ctrl-C reaches the whole process group, but only the parent handles it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         child_end.close()
         self._has_started = False
         self.item: int | None = None
@@ -180,9 +192,16 @@ class _Worker:
         self._start()
 
     def stop(self) -> None:
+        if self.item is not None:
+            self.terminate()
+            self._process.join(timeout=_END_SECONDS)
         self._process.kill()
         self._process.join()
         self.connection.close()
+
+    def terminate(self) -> None:
+        """Ask the child to end; it removes the file that it is writing."""
+        self._process.terminate()
 
 
 def _describe_exit(exit_code: int | None) -> str:
@@ -195,8 +214,9 @@ def _serve(
     connection: Connection, function: Callable[[Any], Any], memory_bytes: int | None
 ) -> None:
     """Main function of a child: process items until the parent ends."""
-    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGTERM, _end)
     # An orphan would keep writing the item that the next run starts again.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if memory_bytes is not None and sys.platform == "linux":
@@ -217,6 +237,11 @@ def _serve(
             connection.send(outcome)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up of the first one goes on
+    sys.exit(1)
 
 
 def _exit_with_parent() -> None:

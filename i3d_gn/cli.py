@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         help="`i3d-gn COMMAND --help` lists them",
     )
     args = parser.parse_args(argv)
-    command = pkgutil.resolve_name(COMMANDS[args.command][0])
-    return run_command(lambda: command(args.arguments))
+    # Importing a command takes time, in which a signal may arrive too.
+    return run_command(lambda: pkgutil.resolve_name(COMMANDS[args.command][0])(args.arguments))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from i3d_gn.engine.host_memory import keep_freed_memory
+from i3d_gn.engine.stop_signals import Stopped, StopSignals
 from i3d_gn.files import print_line, printable
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
@@ -14,10 +15,6 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged."""
-
-
-class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
-    """A signal stopped a run; run the same command again to resume."""
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -28,7 +25,8 @@ def run_command(command: Callable[[], int]) -> int:
     of these are one line on stderr.
     """
     try:
-        return command()
+        with StopSignals():
+            return command()
     except NonFiniteLossError as error:
         print_line(f"error: {error}", file=sys.stderr)
         return 1

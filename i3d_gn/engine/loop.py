@@ -37,15 +37,14 @@ from i3d_gn.engine.checkpoint import (
     save_named,
 )
 from i3d_gn.engine.clock import Clock, duration
-from i3d_gn.engine.command import NonFiniteLossError, Stopped
-from i3d_gn.engine.cuda_graphs import can_capture, launch_as_graphs
+from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import RankError, StopVote, is_about_ranks, names_that_differ
 from i3d_gn.engine.environment import environment, memory_gib
 from i3d_gn.engine.optim import build_optimizer, learning_rate, load_optimizer_state, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.run_dir import DirLock, check_same_run, write_run_config
 from i3d_gn.engine.run_log import RunLog
-from i3d_gn.engine.stop_signals import StopSignals
+from i3d_gn.engine.stop_signals import Stopped, StopSignals
 from i3d_gn.engine.task import Task
 from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, config_hash, to_dict
@@ -120,9 +119,6 @@ class TrainingLoop:
             logger.info("resuming after step %d from %s", self.first_step, path)
         if recipe.compile:
             self.model.compile()
-        graphs = self._uses_cuda_graphs()
-        if graphs:
-            launch_as_graphs(self.model)
         self.trainer = Trainer(
             DistributedDataParallel(self.model) if self.process.world_size > 1 else self.model,
             self.optimizer,
@@ -132,7 +128,6 @@ class TrainingLoop:
             seed=seed,
             clip_grad_norm=recipe.clip_grad_norm,
             loss_scaling=recipe.precision == "fp16",
-            gradients_are_overwritten=graphs,
         )
         if saved is not None:
             self.trainer.load_state(saved["trainer"])
@@ -246,16 +241,6 @@ class TrainingLoop:
             raise KeyboardInterrupt
         name = number.name if number is not None else "a signal to another rank"
         raise Stopped(f"stopped by {name} after step {done}, with a checkpoint")
-
-    def _uses_cuda_graphs(self) -> bool:
-        recipe = self.recipe
-        return (
-            recipe.cuda_graphs
-            and not recipe.compile
-            and not recipe.log_activations  # a graph calls no hooks
-            and self.task.fixed_shapes
-            and can_capture(self.model)
-        )
 
     def _check_ranks(self) -> None:
         values = {

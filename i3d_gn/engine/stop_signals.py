@@ -1,4 +1,4 @@
-"""Stopping a run from outside: finish the step, save a checkpoint, exit.
+"""Stopping a command from outside; training finishes its step and saves a checkpoint.
 
 Schedulers announce preemption with SIGTERM, SIGUSR1 or SIGHUP, and people press Ctrl-C.
 """
@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from i3d_gn.engine.command import Stopped
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
+    """A signal stopped a command; run it again to resume."""
+
+
 class StopSignals:
-    """While entered, signals stop the run in an orderly way.
+    """While entered, signals stop the command in an orderly way: unfinished files are removed.
 
     Inside `deferred()` the first signal only sets `received`. Everywhere else, and from the second
     signal on, a signal raises `Stopped` (Ctrl-C: `KeyboardInterrupt`) at once. Signals that were

@@ -103,39 +103,68 @@ def test_child_that_cannot_start_is_an_error():
         del sys.modules["only_in_the_parent"]
 
 
-SCRIPT = f"""
-from data_tools.processes import ChildProcess, map_in_processes
-if __name__ == "__main__":
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from data_tools.processes import map_in_processes
+from i3d_gn.engine.command import run_command
+from i3d_gn.files import atomic_output
+
+def work(name):
+    if name:
+        with atomic_output(Path(name)) as temporary:
+            temporary.write_text("half")
+            time.sleep(30)
+
+def command():
     print("started", flush=True)
-    for i, outcome in map_in_processes(eval, ["1", {HANG!r}, {HANG!r}], num_workers=2,
+    for i, outcome in map_in_processes(work, ["", "out/a", "out/b"], num_workers=2,
                                        timeout_seconds=600):
         print("item", i, flush=True)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_children_end_with_their_parent(sign, tmp_path):
-    """At Ctrl-C immediately, at SIGKILL soon after."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("sleep(600)", "sleep(2)"))
-    process = subprocess.Popen(
-        [sys.executable, script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        text=True,
-    )
+@pytest.mark.parametrize("when", ["while children start", "midway"])
+@pytest.mark.parametrize(
+    ("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
+def test_children_end_with_their_parent(when, sign, status, tmp_path):
+    """At SIGKILL they leave their unfinished files, which the next run removes."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "script.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            text=True,
+        )
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "started\n"
-        assert process.stdout.readline() == "item 0\n"
-        # Ctrl-C goes to the whole process group, SIGKILL only to the parent.
+        if when == "midway":
+            assert process.stdout.readline() == "item 0\n"
+            while len(list(tmp_path.glob("out/.*.part"))) < 2:
+                assert process.poll() is None
+                time.sleep(0.01)
+        else:
+            time.sleep(0.1)
+        # Ctrl-C goes to the whole process group, the others only to the parent.
         (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)
-        assert process.wait(timeout=30) != 0
+        assert process.wait(timeout=30) == status
     deadline = time.monotonic() + 30
     while _group_exists(process.pid):
         assert time.monotonic() < deadline, "children outlived their parent"
         time.sleep(0.1)
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    if sign != signal.SIGKILL:
+        assert not list(tmp_path.glob("out/.*"))
 
 
 def _group_exists(group: int) -> bool:

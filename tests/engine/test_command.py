@@ -1,12 +1,16 @@
 """What commands print: control characters in file names never reach the terminal."""
 
 import logging
+import os
+import signal
 
 import pytest
 
 from data_tools.printing import print_first
-from i3d_gn.engine.command import NonFiniteLossError, Stopped, run_command, start_logging
+from i3d_gn.engine.command import NonFiniteLossError, run_command, start_logging
 from i3d_gn.engine.markdown import markdown_table
+from i3d_gn.engine.stop_signals import Stopped
+from i3d_gn.files import atomic_output
 
 NAME = "clip\x1b]0;title\x07\n.mp4"
 SHOWN = r"clip\x1b]0;title\x07\n.mp4"
@@ -47,3 +51,31 @@ def test_findings_and_tables_escape_file_names(capsys):
     print_first([NAME])
     assert capsys.readouterr().out == f"    {SHOWN}\n"
     assert markdown_table([["run"], [NAME]]).splitlines()[2] == f"| {SHOWN} |"
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGTERM, 75, "stopped by SIGTERM"),
+        (signal.SIGHUP, 75, "stopped by SIGHUP"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_signal_stops_a_command_and_removes_its_unfinished_file(
+    number, status, line, tmp_path, capsys
+):
+    before = signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
+
+    def command():
+        with atomic_output(tmp_path / "out.npy") as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), number)
+            pytest.fail("the signal stops the command at once")
+
+    try:
+        assert run_command(command) == status
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == f"{line}; run the same command again to resume\n"
+    assert not list(tmp_path.iterdir())
