@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from i3d_gn.data.clips import union_of_clips
 from i3d_gn.data.loader import VideosInParts
 from i3d_gn.data.transforms import SpatialMode, evaluation_crops
+from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.stream import StreamedFrame, open_stream
@@ -98,27 +100,45 @@ def sliding_windows(
         yield window(end)
 
 
-class WindowClips(NamedTuple):
-    """Some of the windows of a video, each as one clip.
+Crop = tuple[int, int, int, int]
+ClipsOf = Callable[[int, int], np.ndarray]
+
+
+class Span(NamedTuple):
+    """Where a window lies in its video."""
+
+    start_seconds: float
+    end_seconds: float
+    num_frames: int
+
+
+class WindowPart(NamedTuple):
+    """Some of the windows of a video, with the frames that their clips consist of.
 
     Attributes:
         video: Number of the video.
-        clips: uint8 (N, T, H, W, 3).
+        frames: uint8 (U, H, W, 3), each frame that any clip needs once.
+        seconds: When each of them is shown, from the first frame of the video on.
+        clips: int64 (N, T), positions in `frames`; N is 0 in a part that only ends the video.
         crops: (top, left, height, width) in pixels, applied to every clip.
-        fps: Frame rate of the video.
-        length, every: Of the windows, in frames.
+        windows: Where each of them lies.
+        fps: Nominal frame rate of the video.
+        length, every: Of the windows, in frames at the nominal rate.
         is_last: Whether the video has no more windows.
-        broken: Why the video cannot be decoded, or None.
+        broken: Why no more of the video can be decoded, or None.
     """
 
     video: int
+    frames: torch.Tensor
+    seconds: tuple[float, ...]
     clips: torch.Tensor
-    crops: tuple[tuple[int, int, int, int], ...]
+    crops: tuple[Crop, ...]
+    windows: tuple[Span, ...]
     fps: float
     length: int
     every: int
     is_last: bool
-    broken: str | None
+    broken: VideoDecodeError | None
 
 
 class Extent(NamedTuple):
@@ -132,114 +152,193 @@ class Extent(NamedTuple):
         return max(1, round(self.value * fps if self.in_seconds else self.value))
 
 
-class SlidingClips(VideosInParts[WindowClips]):
-    """The windows of some videos, in parts.
+@dataclass(frozen=True)
+class TestView:
+    """Frames as they are tested, see `evaluation_crops`."""
 
-    A window of `length` frames gives one clip: frames 0, `stride`, 2 `stride`, ... of the window.
-    A video shorter than a window gives one clip that loops.
+    __test__ = False
+
+    short_side: int
+    spatial: SpatialMode
+    crop_size: int
+
+    def __call__(self, height: int, width: int) -> tuple[CropPlan, list[Crop]]:
+        """What to decode of frames of (height, width), and the crops."""
+        crop_size = None if self.spatial == "full" else self.crop_size
+        return evaluation_crops(
+            height, width, short_side=self.short_side, mode=self.spatial, crop_size=crop_size
+        )
+
+
+@dataclass(frozen=True)
+class OneClip:
+    """One clip per window: its frames 0, `stride`, 2 `stride`, ...; it loops in a shorter one."""
+
+    stride: int
+
+    def __call__(self, num_frames: int, length: int) -> np.ndarray:
+        """See `SlidingWindows.clips_of`."""
+        clip_length = -(-length // max(1, self.stride))
+        return self.stride * np.arange(clip_length)[None] % num_frames
+
+
+def all_frames(num_frames: int, _length: int) -> np.ndarray:
+    """All frames of a window as one clip, see `SlidingWindows.clips_of`."""
+    return np.arange(num_frames)[None]
+
+
+class SlidingWindows(VideosInParts[WindowPart]):
+    """The windows of some videos, in parts; every video is decoded once, in order.
 
     Args:
         videos: Indexed or not.
         wanted: Numbers of the videos to read.
         length: Of a window.
         every: From one window to the next.
-        stride: Frames of the video from one frame of the clip to the next.
-        short_side, spatial, crop_size: See `evaluation_crops`.
-        clips_per_item: At most.
+        by_time: Whether frames belong to windows by their timestamps; else by their index, and
+            seconds are converted at the nominal rate.
+        partial: See `sliding_windows`.
+        clips_of: From the number of frames of a window, and the nominal one by `length`, to the
+            positions (N, T) of its clips' frames in the window.
+        view: From the height and width of a video to what is decoded of a frame, and the crops.
+        windows_per_part: At most.
     """
 
     def __init__(
         self,
         videos: VideoIndex | VideoFiles,
-        wanted: list[int],
+        wanted: Sequence[int],
         *,
         length: Extent,
         every: Extent,
-        stride: int,
-        short_side: int,
-        spatial: SpatialMode,
-        crop_size: int,
-        clips_per_item: int,
+        by_time: bool = False,
+        partial: bool,
+        clips_of: ClipsOf,
+        view: Callable[[int, int], tuple[CropPlan, list[Crop]]],
+        windows_per_part: int = 1,
     ) -> None:
         super().__init__(wanted)
         self.videos = videos
         self.length = length
         self.every = every
-        self.stride = max(1, stride)
-        self.short_side = short_side
-        self.spatial: SpatialMode = spatial
-        self.crop_size = crop_size
-        self.clips_per_item = clips_per_item
+        self.by_time = by_time
+        self.partial = partial
+        self.clips_of = clips_of
+        self.view = view
+        self.windows_per_part = windows_per_part
 
-    def parts(self, video: int) -> Iterator[WindowClips]:
-        """The windows of a video, `clips_per_item` at a time."""
+    def parts(self, video: int) -> Iterator[WindowPart]:
+        """The windows of a video, `windows_per_part` at a time."""
         try:
-            yield from self._windows(video)
+            yield from self._decoded(video)
         except VideoDecodeError as error:
-            yield _broken(video, str(error))
+            yield _broken(video, error)
 
-    def skipped(self, video: int, reason: str) -> WindowClips:
+    def skipped(self, video: int, reason: str) -> WindowPart:
         """What stands for the windows that cannot be loaded."""
-        return _broken(video, f"{self.describe(video)}: {reason}")
+        return _broken(video, VideoDecodeError(self.describe(video), reason))
 
     def describe(self, video: int) -> str:
         """Path of the video."""
         return self.videos.paths[video]
 
     def num_bytes(self, video: int) -> int:
-        """Roughly the size of a part, of a video of 30 frames per second and 16:9."""
-        frames = -(-self.length.frames(30.0) // self.stride)
-        return self.clips_per_item * frames * 3 * self.short_side**2 * 16 // 9
+        """Roughly the size of a part, of a minute of video with 30 frames per second in 1080p."""
+        plan, _ = self.view(1080, 1920)
+        length = min(self.length.frames(30.0), 60 * 30)
+        num_frames = self.windows_per_part * np.unique(self.clips_of(length, length)).size
+        return int(num_frames) * plan.height * plan.width * 3
 
-    def _windows(self, video: int) -> Iterator[WindowClips]:
-        crops: list[tuple[int, int, int, int]] = []
+    def _decoded(self, video: int) -> Iterator[WindowPart]:
+        crops: list[Crop] = []
         length = every = 1
+        residues: set[int] = set()
 
-        def plan_of(height: int, width: int) -> Any:
-            plan, found = evaluation_crops(
-                height,
-                width,
-                short_side=self.short_side,
-                mode=self.spatial,
-                crop_size=None if self.spatial == "full" else self.crop_size,
-            )
-            crops[:] = found
+        def plan_of(height: int, width: int) -> CropPlan:
+            plan, crops[:] = self.view(height, width)
             return plan
 
         def wanted(index: int) -> bool:
             # All of the first window, which loops if the video is shorter.
-            return index < length or index % math.gcd(every, self.stride) == 0
+            return self.by_time or self.partial or index < length or index % every in residues
 
         with (
             self.videos.file_of(video) as path,
             open_stream(path, plan_of, wanted=wanted) as stream,
         ):
             length, every = self.length.frames(stream.fps), self.every.frames(stream.fps)
-            windows = sliding_windows(
-                stream.frames,
-                length=length,
-                every=every,
-                fps=stream.fps,
-                in_seconds=False,
-                partial=False,
-            )
-            batch: list[np.ndarray] = []
+            if not self.by_time:
+                residues |= {i % every for i in self.clips_of(length, length).flatten().tolist()}
 
-            def item(*, is_last: bool) -> WindowClips:
-                clips = torch.from_numpy(np.stack(batch))
-                return WindowClips(
-                    video, clips, tuple(crops), stream.fps, length, every, is_last, None
+            def part(windows: Sequence[Window], *, is_last: bool) -> WindowPart:
+                frames, clips = _union(windows, self.clips_of, length)
+                return WindowPart(
+                    video=video,
+                    frames=_stacked(frames),
+                    seconds=tuple(frame.seconds for frame in frames),
+                    clips=torch.from_numpy(clips),
+                    crops=tuple(crops),
+                    windows=tuple(
+                        Span(w.start_seconds, w.end_seconds, len(w.frames)) for w in windows
+                    ),
+                    fps=stream.fps,
+                    length=length,
+                    every=every,
+                    is_last=is_last,
+                    broken=None,
                 )
 
-            for window in windows:
-                if len(batch) == self.clips_per_item:
-                    yield item(is_last=False)
+            batch: list[Window] = []
+            for window in sliding_windows(
+                stream.frames,
+                length=self.length.value if self.by_time else length,
+                every=self.every.value if self.by_time else every,
+                fps=stream.fps,
+                in_seconds=self.by_time,
+                partial=self.partial,
+            ):
+                batch.append(window)
+                if len(batch) == self.windows_per_part:
+                    yield part(batch, is_last=False)
                     batch = []
-                indices = np.arange(0, length, self.stride) % len(window.frames)
-                pixels = [window.frames[i].pixels for i in indices]
-                batch.append(np.stack([p for p in pixels if p is not None]))
-            yield item(is_last=True)
+            yield part(batch, is_last=True)
 
 
-def _broken(video: int, reason: str) -> WindowClips:
-    return WindowClips(video, torch.empty(0), (), 0.0, 0, 0, True, reason)
+def _union(
+    windows: Sequence[Window], clips_of: ClipsOf, length: int
+) -> tuple[list[StreamedFrame], np.ndarray]:
+    """The frames that the clips of `windows` need, and the positions of each clip's frames."""
+    if not windows:
+        return [], np.empty((0, 0), np.int64)
+    by_number = {frame.number: frame for window in windows for frame in window.frames}
+    rows = []
+    for window in windows:
+        numbers = np.array([frame.number for frame in window.frames])
+        rows.append(numbers[clips_of(len(numbers), length)])
+    unique, clips = union_of_clips(np.concatenate(rows))
+    return [by_number[number] for number in unique.tolist()], clips
+
+
+def _stacked(frames: Sequence[StreamedFrame]) -> torch.Tensor:
+    """Their pixels: uint8 (U, H, W, 3)."""
+    pixels = []
+    for frame in frames:
+        assert frame.pixels is not None, f"frame {frame.number} is needed, but was not wanted"
+        pixels.append(frame.pixels)
+    return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, dtype=torch.uint8)
+
+
+def _broken(video: int, error: VideoDecodeError) -> WindowPart:
+    return WindowPart(
+        video,
+        frames=_stacked([]),
+        seconds=(),
+        clips=torch.empty(0, 0, dtype=torch.int64),
+        crops=(),
+        windows=(),
+        fps=0.0,
+        length=0,
+        every=0,
+        is_last=True,
+        broken=error,
+    )

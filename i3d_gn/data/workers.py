@@ -23,6 +23,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 # How often to look after the workers, and the silence after which a stall is reported.
 _POLL_SECONDS = 5.0
 _STALL_SECONDS = 60.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Workers(Generic[ItemT]):
             keys = iter(())
         else:
             keys = self._checked(keys)
-        self._items = iter(data_loader(dataset, keys, num_workers, device, poll))
+        with _signals_blocked():
+            self._items = iter(data_loader(dataset, keys, num_workers, device, poll))
         if getattr(handler, "__module__", None) == signal_handling.__name__:
             handler = signal.SIG_DFL  # of another loader of this program
         with contextlib.suppress(ValueError):  # outside the main thread torch installs none
@@ -96,6 +98,8 @@ class Workers(Generic[ItemT]):
                 if str(error).startswith("Caught"):  # by the dataset, in the worker
                     raise
                 raise self._lost() from error  # while it was handing over an item
+            except ValueError as error:
+                raise _without_traceback(error) from error
             except RuntimeError as error:
                 if str(error).startswith("DataLoader worker"):
                     raise self._lost() from error
@@ -175,6 +179,19 @@ def data_loader(
     )
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that start inside the block have the handlers of this one until `_reset_signals`.
+
+    They would be raised as exceptions, with a traceback.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _check_shared_memory(item_bytes: int, num_workers: int) -> None:
     """Workers send items through shared memory; without enough of it they die, or wait forever."""
     if not _SHARED_MEMORY.is_dir():
@@ -187,6 +204,13 @@ def _check_shared_memory(item_bytes: int, num_workers: int) -> None:
             f"{needed / 1e6:.3g} MB or more; make it larger (docker run --shm-size=8g), or use "
             "fewer workers (0: load in the main process)"
         )
+
+
+def _without_traceback(error: ValueError) -> ValueError:
+    """An error of the dataset, which torch gives the worker's traceback as its message."""
+    kind = type(error).__name__
+    _, caught, message = str(error).rpartition(f"{kind}: ")
+    return ValueError(message.strip()) if caught and str(error).startswith("Caught") else error
 
 
 def _cause(codes: set[int | None]) -> str:
@@ -209,9 +233,10 @@ def _reset_signals(_worker: int) -> None:
     whose `multiprocessing.resource_sharer` then reports a traceback through `sys.excepthook` (the
     only thing that a worker uses it for). Nobody is waiting anymore, so it is not printed.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     sys.excepthook = _excepthook_without_disconnects
 
 

@@ -16,15 +16,19 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from i3d_gn.data.transforms import evaluation_crops
-from i3d_gn.data.windows import Window, sliding_windows
+from i3d_gn.data.windows import (
+    ClipsOf,
+    Extent,
+    OneClip,
+    SlidingWindows,
+    TestView,
+    all_frames,
+)
 from i3d_gn.engine.figures import save_figure
 from i3d_gn.files import print_line
 from i3d_gn.video.draw import Pixels, check_video_path, heat_overlay, write_video
 from i3d_gn.video.recognizer import Recognizer
 from i3d_gn.video.tables import check_writable
-from i3d_gn.video_io.crop_plan import CropPlan
-from i3d_gn.video_io.stream import open_stream
 from i3d_gn.video_io.video_files import VideoFiles, find_videos
 
 _FRAMES_IN_STRIP = 8
@@ -83,14 +87,14 @@ def explain(
     target = None if class_name is None else class_id(names, class_name)
     stage = stage or recognizer.network.model.stage_names[-1]
     check_stage(recognizer.network.model, stage)
-    with VideoFiles(paths).file_of(0) as path:
-        probabilities = recognizer(path).probabilities
+    with VideoFiles(paths).downloaded() as videos:
+        probabilities = recognizer.predict_one(videos).probabilities
         assert probabilities is not None
         target = int(probabilities.argmax()) if target is None else target
-        evidence = evidence_of(recognizer, path, target, stage)
+        evidence = evidence_of(recognizer, videos, target, stage)
         if evidence.peak == 0:
             raise ValueError(f"{video}: nothing in {stage} speaks for class {names[target]!r}")
-        overlays = _overlays(recognizer, path, evidence)
+        overlays = _overlays(recognizer, videos, evidence)
         title = f"{names[target]} ({probabilities[target]:.3f}), {stage}"
         strip = _Strip(sum(evidence.num_frames))
         if render is None:
@@ -156,69 +160,60 @@ def grad_cam(model: nn.Module, clips: Tensor, target: int, stage: str) -> Tensor
     return (weights * outputs[-1].detach().float()).sum(dim=1).relu()
 
 
-def evidence_of(recognizer: Recognizer, path: Path, target: int, stage: str) -> Evidence:
-    """Grad-CAM of class `target` over all of a video.
+def evidence_of(recognizer: Recognizer, videos: VideoFiles, target: int, stage: str) -> Evidence:
+    """Grad-CAM of class `target` over all of the first of `videos`.
 
     Raises:
         ValueError: The video cannot be decoded, or see `grad_cam`.
     """
-    clip = recognizer.config.clip
+    clips_of = OneClip(recognizer.config.clip.stride)
     maps: list[Tensor] = []
     num_frames: list[int] = []
     rate = 0.0
-    for fps, window in _windows(recognizer, path):
-        rate = fps
-        pixels = [frame.pixels for frame in window.frames if frame.pixels is not None]
-        indices = clip.stride * np.arange(clip.num_frames) % len(pixels)
-        clips = torch.from_numpy(np.stack([pixels[i] for i in indices])[None])
+    for part in recognizer.decoded(_windows(recognizer, videos, clips_of)):
+        rate = part.fps
+        clips = part.frames[part.clips]
         with recognizer.to_device.autocast():
             found = grad_cam(recognizer.network.model, recognizer.to_device(clips), target, stage)
         maps.append(found[0].cpu())
-        num_frames.append(len(pixels))
+        num_frames.append(part.windows[0].num_frames)
     return Evidence(maps, num_frames, rate, max(float(m.max()) for m in maps))
 
 
-def _windows(recognizer: Recognizer, path: Path) -> Iterator[tuple[float, Window]]:
-    """The frame rate, and stretches of a video that one clip spans, with frames as in testing."""
-    config = recognizer.config
-
-    def plan_of(height: int, width: int) -> CropPlan:
-        return evaluation_crops(height, width, short_side=config.test.short_side, mode="full")[0]
-
-    length = config.clip.num_frames * max(1, config.clip.stride)
-    with open_stream(path, plan_of) as stream:
-        for window in sliding_windows(
-            stream.frames,
-            length=length,
-            every=length,
-            fps=stream.fps,
-            in_seconds=False,
-            partial=True,
-        ):
-            yield stream.fps, window
+def _windows(recognizer: Recognizer, videos: VideoFiles, clips_of: ClipsOf) -> SlidingWindows:
+    """Stretches of the video that one clip spans, with frames as in testing."""
+    clip, test = recognizer.config.clip, recognizer.config.test
+    length = Extent(clip.num_frames * max(1, clip.stride), in_seconds=False)
+    return SlidingWindows(
+        videos,
+        [0],
+        length=length,
+        every=length,
+        partial=True,
+        clips_of=clips_of,
+        view=TestView(test.short_side, "full", clip.crop_size),
+    )
 
 
 def _overlays(
-    recognizer: Recognizer, path: Path, evidence: Evidence
+    recognizer: Recognizer, videos: VideoFiles, evidence: Evidence
 ) -> Iterator[tuple[float, Pixels, Pixels, float]]:
     """Of each frame: time, pixels, pixels with evidence, and the largest evidence in [0, 1]."""
-    clip = recognizer.config.clip
-    length = clip.num_frames * max(1, clip.stride)
-    for (_, window), cam in zip(_windows(recognizer, path), evidence.maps, strict=True):
-        for frame, heat in zip(
-            window.frames, _heat(cam / evidence.peak, length, window), strict=True
-        ):
-            assert frame.pixels is not None
-            yield frame.seconds, frame.pixels, heat_overlay(frame.pixels, heat), float(heat.max())
+    windows = _windows(recognizer, videos, all_frames)
+    for part, cam in zip(recognizer.decoded(windows), evidence.maps, strict=True):
+        heats = _heat(cam / evidence.peak, int(part.length), part.frames.shape)
+        for seconds, pixels, heat in zip(part.seconds, part.frames.numpy(), heats, strict=True):
+            yield seconds, pixels, heat_overlay(pixels, heat), float(heat.max())
 
 
-def _heat(cam: Tensor, length: int, window: Window) -> npt.NDArray[np.float32]:
-    """A map (T', H', W') for the frames of a window: (n, H, W)."""
-    first = window.frames[0].pixels
-    assert first is not None
-    size = (length, *first.shape[:2])
+def _heat(cam: Tensor, length: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """A map (T', H', W') of a window of `length` frames, for the first of them: (n, H, W).
+
+    `shape` is that of their pixels, (n, H, W, 3).
+    """
+    size = (length, *shape[1:3])
     heat = F.interpolate(cam[None, None], size=size, mode="trilinear", align_corners=False)
-    return heat[0, 0, : len(window.frames)].clamp(0, 1).numpy()
+    return heat[0, 0, : shape[0]].clamp(0, 1).numpy()
 
 
 class _Strip:

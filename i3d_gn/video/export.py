@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from i3d_gn import __version__
+from i3d_gn.data.loader import video_loader
 from i3d_gn.data.transforms import normalize_clips
 from i3d_gn.data.videos import TestVideo
 from i3d_gn.engine.distributed import Process
@@ -255,9 +256,14 @@ def compare(
 def _real_clips(
     videos: VideoIndex | VideoFiles, config: Config, must_decode: bool
 ) -> Iterator[Tensor]:
-    tested = build.test_videos(videos, config)
-    for number in range(len(videos)):
-        video = tested[number]
+    loader = video_loader(
+        build.test_videos(videos, config),
+        range(len(videos)),
+        num_workers=min(1, build.num_workers(config, Process(0, 1, _CPU))),
+        device=_CPU,
+        timeout_seconds=config.data.timeout_seconds,
+    )
+    for video in loader:
         if video.broken is None:
             yield _clips_of(video)
         elif must_decode:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from i3d_gn.data.loader import PartLoader, limit_compute_threads
 from i3d_gn.data.to_device import ToDevice
-from i3d_gn.data.windows import Extent, SlidingClips, WindowClips
+from i3d_gn.data.windows import Extent, OneClip, SlidingWindows, TestView, WindowPart
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.engine.typed_config import config_hash
@@ -85,19 +85,18 @@ def features(
     model = network.model.eval()
     workers = min(build.num_workers(config, process), len(todo))
     limit_compute_threads(device, 1, num_workers=workers)
-    clips = SlidingClips(
+    windows = SlidingWindows(
         videos,
         todo,
         length=length,
         every=every,
-        stride=clip.stride,
-        short_side=test.short_side,
-        spatial=test.spatial,
-        crop_size=clip.crop_size,
-        clips_per_item=test.clips_per_forward,
+        partial=False,
+        clips_of=OneClip(clip.stride),
+        view=TestView(test.short_side, test.spatial, clip.crop_size),
+        windows_per_part=test.clips_per_forward,
     )
     loader = PartLoader(
-        clips,
+        windows,
         num_workers=workers,
         device=device,
         timeout_seconds=config.data.timeout_seconds,
@@ -107,7 +106,7 @@ def features(
     check_size = functools.cache(model.feature_size)  # raises for clips that are too small
     with tqdm(total=len(todo), desc="features", unit="video") as bar:
         for item in loader:
-            if item.broken is None:
+            if len(item.clips):
                 for _, _, height, width in item.crops:
                     check_size(item.clips.shape[1], height, width)
                 parts.setdefault(item.video, []).append(_pooled(model, item, to_device))
@@ -121,8 +120,8 @@ def features(
                 _save(out / file, pooled.numpy())
                 ledger.add_done(file, item, len(pooled))
             else:
-                broken.append(item.broken)
-                ledger.add_broken(file, item.broken)
+                broken.append(str(item.broken))
+                ledger.add_broken(file, str(item.broken))
             bar.update()
     check_some_decoded(broken, len(files))
     print(f"{out}: features of {len(files) - len(broken)} videos")
@@ -131,11 +130,12 @@ def features(
 
 
 @torch.no_grad()
-def _pooled(model: Any, item: WindowClips, to_device: ToDevice) -> Tensor:
+def _pooled(model: Any, item: WindowPart, to_device: ToDevice) -> Tensor:
     """Features (N, C) on the CPU, the mean over the crops."""
     crops = []
+    frames = item.frames[item.clips.flatten()].unflatten(0, item.clips.shape)
     for top, left, height, width in item.crops:
-        clips = item.clips[:, :, top : top + height, left : left + width]
+        clips = frames[:, :, top : top + height, left : left + width]
         with to_device.autocast():
             crops.append(model.pooled_features(to_device(clips)).float())
     return torch.stack(crops).mean(dim=0).cpu()
@@ -217,7 +217,7 @@ class _Ledger:
         """Whether the array of a video was written; broken videos are tried again."""
         return file in self._done and (folder / file).is_file()
 
-    def add_done(self, file: str, item: WindowClips, num_windows: int) -> None:
+    def add_done(self, file: str, item: WindowPart, num_windows: int) -> None:
         """Record a video whose array was written."""
         self._append(
             json.dumps(

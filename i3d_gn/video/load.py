@@ -56,7 +56,8 @@ def load_network(
     if is_weights(path):
         return load_weights(str(source), overrides=overrides, device=device, needs_head=True)
     saved = load_checkpoint(path)
-    config = config_of_checkpoint(saved, path, overrides)
+    # The number of loader workers was chosen for the machine and the data of the training.
+    config = config_of_checkpoint(saved, path, ["data.num_workers=null", *overrides])
     return trained_from_checkpoint(saved, path, config, device), config
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from i3d_gn.data.loader import limit_compute_threads, video_loader
+from i3d_gn.data.loader import PartLoader, limit_compute_threads, video_loader
+from i3d_gn.data.windows import SlidingWindows, WindowPart
 from i3d_gn.engine.distributed import Process
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
@@ -103,7 +104,15 @@ class Recognizer:
         Raises:
             ValueError: It cannot be decoded.
         """
-        (prediction,) = self.predict(VideoFiles([str(video)]))
+        return self.predict_one(VideoFiles([str(video)]))
+
+    def predict_one(self, videos: VideoIndex | VideoFiles) -> Prediction:
+        """What happens in the only video of `videos`.
+
+        Raises:
+            ValueError: It cannot be decoded.
+        """
+        (prediction,) = self.predict(videos)
         if prediction.broken is not None:
             raise ValueError(prediction.broken)
         return prediction
@@ -114,9 +123,9 @@ class Recognizer:
         Raises:
             ValueError: Scores are not finite.
         """
-        workers = build.num_workers(self.config, Process(0, 1, self.device))
-        workers = 0 if len(videos) == 1 else min(workers, len(videos))
-        limit_compute_threads(self.device, 1, num_workers=workers)
+        workers = min(self._num_workers(), len(videos))
+        if len(videos) > 1:  # else decoding is over when the network starts
+            limit_compute_threads(self.device, 1, num_workers=workers)
         loader = video_loader(
             build.test_videos(videos, self.config),
             range(len(videos)),
@@ -136,6 +145,27 @@ class Recognizer:
                 scores.float().cpu().numpy(),
                 self.probabilities(scores, name).float().cpu().numpy(),
             )
+
+    def decoded(self, windows: SlidingWindows) -> Iterator[WindowPart]:
+        """The windows of a video as a worker process decodes them, which may crash or hang.
+
+        Raises:
+            VideoDecodeError: At the first frame that cannot be decoded.
+        """
+        loader = PartLoader(
+            windows,
+            num_workers=min(1, self._num_workers()),
+            device=self.device,
+            timeout_seconds=self.config.data.timeout_seconds,
+        )
+        for part in loader:
+            if part.broken is not None:
+                raise part.broken
+            if len(part.clips):
+                yield part
+
+    def _num_workers(self) -> int:
+        return build.num_workers(self.config, Process(0, 1, self.device))
 
     def probabilities(self, scores: torch.Tensor, name: str) -> torch.Tensor:
         """Probabilities (K,) from the scores of video `name`.

@@ -1,5 +1,7 @@
 """The classes of a long video over time: one prediction per window, in memory of one window."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,13 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from i3d_gn.data.clips import clip_indices, clip_span, spaced_starts, union_of_clips
-from i3d_gn.data.transforms import evaluation_crops
+from i3d_gn.data.clips import clip_indices, clip_span, spaced_starts
 from i3d_gn.data.videos import TestVideo
-from i3d_gn.data.windows import Window, sliding_windows
+from i3d_gn.data.windows import Crop, Extent, SlidingWindows, TestView, WindowPart, all_frames
 from i3d_gn.engine.figures import save_figure
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.files import printable
@@ -27,7 +27,8 @@ from i3d_gn.video.recognizer import Recognizer, top_classes
 from i3d_gn.video.tables import check_table_path, check_writable, write_table
 from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.errors import VideoDecodeError
-from i3d_gn.video_io.stream import open_stream
+from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.video_files import VideoFiles
 
 _COLUMNS = pa.schema(
     [
@@ -43,6 +44,7 @@ _COLUMNS = pa.schema(
 _MOST_CURVES = 8
 _RENDERED_WIDTHS = (480, 960)  # pixels; smaller and larger videos are scaled
 _LINE_HEIGHT = 24
+_FRAMES_PER_PART = 8  # that are sent to be drawn
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,38 @@ class Moment:
         return (self.start_seconds + self.end_seconds) / 2
 
 
+@dataclass(frozen=True)
+class _CoveringClips:
+    """As many clips as cover a window, evenly spaced from its start to its end."""
+
+    num_frames: int
+    stride: int
+
+    def __call__(self, num_frames: int, _length: int) -> npt.NDArray[np.int64]:
+        """See `SlidingWindows`."""
+        starts = spaced_starts(
+            num_frames,
+            num_clips=-(-num_frames // clip_span(self.num_frames, self.stride)),
+            num_frames=self.num_frames,
+            stride=self.stride,
+            spacing="uniform",
+        )
+        rows = [
+            clip_indices(
+                start, num_frames=self.num_frames, stride=self.stride, video_length=num_frames
+            )
+            for start in starts.tolist()
+        ]
+        return np.stack(rows)
+
+
 def timeline(
-    recognizer: Recognizer, path: Path, *, window: float, every: float
+    recognizer: Recognizer,
+    videos: VideoIndex | VideoFiles,
+    video: int,
+    *,
+    window: float,
+    every: float,
 ) -> Iterator[Moment]:
     """Predict each window of a video as if it were a video of its own, while decoding once.
 
@@ -68,7 +100,8 @@ def timeline(
 
     Args:
         recognizer: The network.
-        path: The video.
+        videos: Indexed or not.
+        video: Number of the video.
         window: Length of a window, in seconds; the last one may be shorter.
         every: From the start of one window to the next, in seconds.
 
@@ -76,53 +109,22 @@ def timeline(
         VideoDecodeError: At the first frame that cannot be decoded.
         ValueError: Scores are not finite.
     """
-    config = recognizer.config
-    crops: list[tuple[int, int, int, int]] = []
-
-    def plan_of(height: int, width: int) -> CropPlan:
-        mode = config.test.spatial
-        plan, crops[:] = evaluation_crops(
-            height,
-            width,
-            short_side=config.test.short_side,
-            mode=mode,
-            crop_size=None if mode == "full" else config.clip.crop_size,
-        )
-        return plan
-
-    with open_stream(path, plan_of) as stream:
-        for stretch in sliding_windows(
-            stream.frames,
-            length=window,
-            every=every,
-            fps=stream.fps,
-            in_seconds=True,
-            partial=True,
-        ):
-            video = _as_video(stretch, recognizer, tuple(crops))
-            found = recognizer.probabilities(recognizer.score(video), str(path))
-            yield Moment(stretch.start_seconds, stretch.end_seconds, found.float().cpu().numpy())
-
-
-def _as_video(
-    window: Window, recognizer: Recognizer, crops: tuple[tuple[int, int, int, int], ...]
-) -> TestVideo:
-    clip, length = recognizer.config.clip, len(window.frames)
-    starts = spaced_starts(
-        length,
-        num_clips=-(-length // clip_span(clip.num_frames, clip.stride)),
-        num_frames=clip.num_frames,
-        stride=clip.stride,
-        spacing="uniform",
+    clip, test = recognizer.config.clip, recognizer.config.test
+    windows = SlidingWindows(
+        videos,
+        [video],
+        length=Extent(window, in_seconds=True),
+        every=Extent(every, in_seconds=True),
+        by_time=True,
+        partial=True,
+        clips_of=_CoveringClips(clip.num_frames, clip.stride),
+        view=TestView(test.short_side, test.spatial, clip.crop_size),
     )
-    rows = [
-        clip_indices(s, num_frames=clip.num_frames, stride=clip.stride, video_length=length)
-        for s in starts.tolist()
-    ]
-    unique, inverse = union_of_clips(np.stack(rows))
-    pixels = [window.frames[i].pixels for i in unique]
-    frames = torch.from_numpy(np.stack([p for p in pixels if p is not None]))
-    return TestVideo(0, -1, frames, torch.from_numpy(inverse), crops, None)
+    for part in recognizer.decoded(windows):
+        (span,) = part.windows
+        scores = recognizer.score(TestVideo(video, -1, part.frames, part.clips, part.crops, None))
+        found = recognizer.probabilities(scores, videos.paths[video])
+        yield Moment(span.start_seconds, span.end_seconds, found.float().cpu().numpy())
 
 
 def predict_timeline(
@@ -170,11 +172,13 @@ def predict_timeline(
     for source in sources:
         for video, name in enumerate(source.paths):
             try:
-                with source.file_of(video) as path:
-                    found = timeline(recognizer, path, window=window, every=every)
+                with (
+                    _kept(source) if render is not None else contextlib.nullcontext(source) as kept
+                ):
+                    found = timeline(recognizer, kept, video, window=window, every=every)
                     moments = list(tqdm(found, desc=Path(name).name, unit="window"))
                     if render is not None:
-                        render_timeline(render, path, moments, recognizer.class_names, top_k)
+                        render_timeline(recognizer, kept, video, moments, top_k, render)
             except VideoDecodeError as error:
                 broken.append(str(error))
                 rows.append({"video": name, "error": str(error)})
@@ -206,6 +210,16 @@ def predict_timeline(
     report_broken(broken)
 
 
+@contextlib.contextmanager
+def _kept(source: VideoIndex | VideoFiles) -> Iterator[VideoIndex | VideoFiles]:
+    """Videos that are read twice: those at URLs are downloaded once."""
+    if isinstance(source, VideoFiles):
+        with source.downloaded() as files:
+            yield files
+    else:
+        yield source
+
+
 def plot_timeline(path: Path, moments: Sequence[Moment], class_names: tuple[str, ...]) -> None:
     """Plot the probabilities of the classes that are the most probable ones at some time."""
     matrix = np.stack([moment.probabilities for moment in moments])
@@ -225,29 +239,53 @@ def plot_timeline(path: Path, moments: Sequence[Moment], class_names: tuple[str,
 
 
 def render_timeline(
-    path: Path, video: Path, moments: Sequence[Moment], class_names: tuple[str, ...], top_k: int
+    recognizer: Recognizer,
+    videos: VideoIndex | VideoFiles,
+    video: int,
+    moments: Sequence[Moment],
+    top_k: int,
+    out: Path,
 ) -> None:
-    """Write the video with the classes of the nearest window below each frame."""
+    """Write the video with the classes of the nearest window below each frame.
+
+    Raises:
+        VideoDecodeError: At the first frame that cannot be decoded.
+    """
     middles = np.array([moment.middle for moment in moments])
     panels: dict[int, Pixels] = {}
+    some_frames = Extent(_FRAMES_PER_PART, in_seconds=False)
+    windows = SlidingWindows(
+        videos,
+        [video],
+        length=some_frames,
+        every=some_frames,
+        partial=True,
+        clips_of=all_frames,
+        view=_rendered,
+    )
 
-    def plan_of(height: int, width: int) -> CropPlan:
-        new_width = int(np.clip(width, *_RENDERED_WIDTHS))
-        new_height = max(1, height * new_width // width)
-        return CropPlan(new_height, new_width, 0, 0, new_height, new_width)
+    def drawn(parts: Iterator[WindowPart]) -> Iterator[tuple[float, Pixels]]:
+        for part in parts:
+            for seconds, pixels in zip(part.seconds, part.frames.numpy(), strict=True):
+                nearest = int(np.abs(middles - seconds).argmin())
+                if nearest not in panels:
+                    panels.clear()
+                    probabilities = moments[nearest].probabilities
+                    best = top_classes(probabilities, recognizer.class_names, top_k)
+                    panels[nearest] = _panel(best, pixels.shape[1])
+                yield seconds, np.concatenate([pixels, panels[nearest]])
 
-    def drawn() -> Iterator[tuple[float, Pixels]]:
-        for frame in stream.frames:
-            assert frame.pixels is not None
-            nearest = int(np.abs(middles - frame.seconds).argmin())
-            if nearest not in panels:
-                panels.clear()
-                best = top_classes(moments[nearest].probabilities, class_names, top_k)
-                panels[nearest] = _panel(best, frame.pixels.shape[1])
-            yield frame.seconds, np.concatenate([frame.pixels, panels[nearest]])
+    parts = recognizer.decoded(windows)
+    first = next(parts)
+    write_video(out, drawn(itertools.chain([first], parts)), fps=first.fps)
 
-    with open_stream(video, plan_of) as stream:
-        write_video(path, drawn(), fps=stream.fps)
+
+def _rendered(height: int, width: int) -> tuple[CropPlan, list[Crop]]:
+    """Whole frames, scaled to the width of the rendered video."""
+    new_width = int(np.clip(width, *_RENDERED_WIDTHS))
+    new_height = max(1, height * new_width // width)
+    plan = CropPlan(new_height, new_width, 0, 0, new_height, new_width)
+    return plan, [(0, 0, new_height, new_width)]
 
 
 def _panel(best: Sequence[tuple[str, float]], width: int) -> Pixels:

@@ -33,6 +33,7 @@ class VideoFiles:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
+        self._downloaded: dict[int, Path] = {}
         self.labels = np.full(len(self.paths), UNKNOWN_LABEL)
 
     def __len__(self) -> int:
@@ -49,13 +50,26 @@ class VideoFiles:
         if not is_url(name):
             yield Path(name)
             return
-        with tempfile.TemporaryDirectory(prefix="i3d_gn-") as folder:
-            path = Path(folder, PurePosixPath(urllib.parse.urlparse(name).path).name or "video")
-            _download(name, path)
+        with contextlib.ExitStack() as stack:
+            path = self._downloaded.get(i) or stack.enter_context(_downloaded(name))
             try:
                 yield path
             except VideoDecodeError as error:
                 raise VideoDecodeError(name, error.cause, error.frame) from error
+
+    @contextlib.contextmanager
+    def downloaded(self) -> Iterator[VideoFiles]:
+        """Yield the same videos, those at URLs in files that exist inside the block.
+
+        Raises:
+            VideoDecodeError: A URL cannot be downloaded.
+        """
+        with contextlib.ExitStack() as stack:
+            files = VideoFiles(self.paths)
+            for i, name in enumerate(self.paths):
+                if is_url(name):
+                    files._downloaded[i] = stack.enter_context(_downloaded(name))
+            yield files
 
     @contextlib.contextmanager
     def source_of(self, i: int) -> Iterator[VideoSource]:
@@ -89,6 +103,14 @@ def find_videos(source: str) -> list[str]:
     if not found:
         raise ValueError(f"{source}: no videos in this folder")
     return [str(path / video) for video in found]
+
+
+@contextlib.contextmanager
+def _downloaded(url: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="i3d_gn-") as folder:
+        path = Path(folder, PurePosixPath(urllib.parse.urlparse(url).path).name or "video")
+        _download(url, path)
+        yield path
 
 
 def _download(url: str, path: Path) -> None:

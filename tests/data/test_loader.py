@@ -256,6 +256,15 @@ def test_errors_of_the_dataset_reach_the_caller():
     assert not multiprocessing.active_children()
 
 
+def test_user_errors_of_the_dataset_are_one_line():
+    def fails():
+        raise ValueError("install the package that reads these URLs")
+
+    loader = Loader(Numbers(fails, {5}), KEYS, num_workers=1, device=CPU, timeout_seconds=60)
+    with pytest.raises(ValueError, match="^install the package that reads these URLs$"):
+        list(loader)
+
+
 def test_stall_names_what_is_waited_for(monkeypatch, caplog):
     monkeypatch.setattr("i3d_gn.data.workers._STALL_SECONDS", 1.0)
     data = Numbers(lambda: time.sleep(3), {5})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from i3d_gn.data.transforms import evaluation_crops
-from i3d_gn.data.windows import Extent, SlidingClips, sliding_windows
+from i3d_gn.data.windows import Extent, OneClip, SlidingWindows, TestView, sliding_windows
 from i3d_gn.video_io.decode import decode_frames
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.stream import StreamedFrame
@@ -78,14 +78,15 @@ def test_memory_does_not_grow_with_the_video():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_clips_are_the_frames_of_the_windows(motion_set, workers):
     index = VideoIndex.load(motion_set.val_index)  # videos of 20 frames
-    clips = SlidingClips(
-        index, [0, 2, 3], length=Extent(8, False), every=Extent(3, False), stride=2,
-        short_side=40, spatial="center", crop_size=36, clips_per_item=2,
+    dataset = SlidingWindows(
+        index, [0, 2, 3], length=Extent(8, False), every=Extent(3, False), partial=False,
+        clips_of=OneClip(2), view=TestView(40, "center", 36), windows_per_part=2,
     )  # fmt: skip
     found = {}
-    for item in torch.utils.data.DataLoader(clips, batch_size=None, num_workers=workers):
-        assert len(item.clips) <= 2
-        found.setdefault(item.video, []).extend(item.clips.numpy())
+    for part in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers):
+        assert len(part.clips) <= 2
+        assert len(part.frames) == part.clips.unique().numel()
+        found.setdefault(part.video, []).extend(part.frames[part.clips].numpy())
     assert sorted(found) == [0, 2, 3]
     for video, windows in found.items():
         assert len(windows) == 5  # from 0, 3, 6, 9, 12
@@ -100,17 +101,24 @@ def test_clips_are_the_frames_of_the_windows(motion_set, workers):
 
 def test_video_shorter_than_a_window_loops(motion_set):
     index = VideoIndex.load(motion_set.val_index)
-    clips = SlidingClips(
-        index, [1], length=Extent(64, False), every=Extent(64, False), stride=3,
-        short_side=40, spatial="full", crop_size=36, clips_per_item=2,
+    dataset = SlidingWindows(
+        index, [1], length=Extent(64, False), every=Extent(64, False), partial=False,
+        clips_of=OneClip(3), view=TestView(40, "full", 36), windows_per_part=2,
     )  # fmt: skip
-    (item,) = clips
+    (part,) = dataset
     expected = decode_frames(index.path_of(1), np.arange(0, 64, 3) % 20)
-    assert item.clips.shape[:2] == (1, 22)
-    assert item.is_last
-    firsts = item.clips[0].float().mean(dim=(1, 2, 3)).numpy()
+    assert part.clips.shape == (1, 22)
+    assert part.is_last
+    clip = part.frames[part.clips[0]]
+    firsts = clip.float().mean(dim=(1, 2, 3)).numpy()
     assert np.corrcoef(firsts, expected.mean(axis=(1, 2, 3)))[0, 1] > 0.99
-    np.testing.assert_array_equal(item.clips[0, 0], item.clips[0, 20])  # 60 is 0 again
+    np.testing.assert_array_equal(clip[0], clip[20])  # 60 is 0 again
+    (still,) = SlidingWindows(
+        index, [1], length=Extent(8, False), every=Extent(20, False), partial=False,
+        clips_of=OneClip(0), view=TestView(40, "full", 36), windows_per_part=2,
+    )  # fmt: skip
+    assert still.clips.tolist() == [[0] * 8]  # stride 0 repeats a frame, as in training
+    assert len(still.frames) == 1
 
 
 def test_extent_in_seconds_depends_on_the_rate():

@@ -18,6 +18,7 @@ from i3d_gn.video.trained import TrainedNetwork
 from i3d_gn.video_io.decode import decode_frames, probe_video
 from i3d_gn.video_io.h264 import X264Options, write_h264
 from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.video_files import VideoFiles
 
 CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def recognizer(tmp_path):
 
 @pytest.mark.parametrize(("target", "where"), [(0, RED), (1, BLUE)])
 def test_evidence_lies_where_and_when_the_class_is(recognizer, video, target, where):
-    evidence = evidence_of(recognizer, video, target, "colors")
+    evidence = evidence_of(recognizer, VideoFiles([str(video)]), target, "colors")
     assert evidence.num_frames == [16, 16]
     cam = torch.cat(evidence.maps).numpy()  # (4, 16, 16): 8 frames and 4 x 4 pixels per cell
     expected = np.zeros((NUM_FRAMES, SIDE, SIDE))
@@ -130,6 +131,18 @@ def test_picture_and_video_are_written(trained_checkpoint, motion_set, tmp_path,
     assert np.abs(covered[0].mean(axis=(0, 1)) - plain[0].mean(axis=(0, 1))).max() > 2
 
 
+def test_video_that_crashes_the_decoder_is_one_line(
+    trained_checkpoint, motion_set, tmp_path, break_decoder, capsys
+):
+    path = VideoIndex.load(motion_set.val_index).path_of(2)
+    break_decoder(path.name)
+    command = ["explain", str(path), "--checkpoint", str(trained_checkpoint)]
+    assert cli.main([*command, "--out", str(tmp_path / "e.png")]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert line.startswith(f"error: {path}: a loader worker died (SIGSEGV)")
+    assert not list(tmp_path.iterdir())
+
+
 def test_heat_covers_pixels_in_proportion():
     pixels = np.full((1, 3, 3), 200, np.uint8)
     covered = heat_overlay(pixels, np.array([[0.0, 0.5, 1.0]], np.float32))
@@ -161,4 +174,4 @@ def test_bad_input_is_one_line_and_no_file(
 
 
 def test_no_evidence_is_said(recognizer, video):
-    assert evidence_of(recognizer, video, 2, "colors").peak == 0
+    assert evidence_of(recognizer, VideoFiles([str(video)]), 2, "colors").peak == 0

@@ -26,6 +26,7 @@ from i3d_gn.video.train import train
 from i3d_gn.video.trained import load_trained
 from i3d_gn.video_io.decode import decode_frames
 from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.video_files import VideoFiles
 from tests.video.test_named_networks import NAMES, small
 
 CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def test_explain_is_class_activation_mapping(run, tmp_path):
         found = grad_cam(model, clips, target, stage)
         assert found.max() > 0
         torch.testing.assert_close(found[0], by_class[target].relu(), rtol=1e-3, atol=1e-6)
-    evidence = evidence_of(recognizer, path, 3, stage)
+    evidence = evidence_of(recognizer, VideoFiles([str(path)]), 3, stage)
     assert sum(evidence.num_frames) == 20
     assert all(m.dim() == 3 and (m >= 0).all() for m in evidence.maps)
     out = tmp_path / "e.png"

@@ -2,10 +2,8 @@ import csv
 import dataclasses
 import http.server
 import json
-import os
 import re
 import shutil
-import signal
 import threading
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 
 from i3d_gn import cli
-from i3d_gn.data import videos, workers
 from i3d_gn.engine.checkpoint import load_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.video import Recognizer
@@ -67,8 +64,7 @@ def test_scores_are_those_of_evaluate(
     path.write_text((Path(trained_config.output_dir) / "config.yaml").read_text())
     expected = evaluated(load_config(path, overrides), trained_checkpoint, tmp_path / "test")
     recognizer = Recognizer.from_checkpoint(trained_checkpoint, overrides=overrides, device="cpu")
-    for video, name in enumerate(index.paths):
-        prediction = recognizer(index.path_of(video))
+    for name, prediction in zip(index.paths, recognizer.predict(index), strict=True):
         np.testing.assert_array_equal(prediction.scores, expected[name])
         shifted = np.exp(expected[name].astype(np.float64))
         softmax = shifted / shifted.sum()
@@ -129,22 +125,26 @@ def test_broken_videos_are_listed(copied, index, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_video_that_crashes_the_decoder_is_listed(copied, index, tmp_path, monkeypatch, capsys):
+def test_video_that_crashes_the_decoder_is_listed(copied, index, tmp_path, break_decoder, capsys):
     for video, name in enumerate(["good.mp4", "bad.mp4"]):
         shutil.copy(index.path_of(video), tmp_path / name)
-    main, decode = os.getpid(), videos.decode_frames
-
-    def crashes(path, *arguments, **options):
-        if path.name == "bad.mp4" and os.getpid() != main:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return decode(path, *arguments, **options)
-
-    monkeypatch.setattr(videos, "decode_frames", crashes)
-    monkeypatch.setattr(workers, "_POLL_SECONDS", 0.3)
-    assert run(tmp_path, "--checkpoint", copied, "--set", "data.num_workers=1") == 0
+    break_decoder("bad.mp4")
+    assert run(tmp_path, "--checkpoint", copied) == 0
     captured = capsys.readouterr()
     assert "good.mp4" in captured.out
     assert f"{tmp_path / 'bad.mp4'}: a loader worker died (SIGSEGV)" in captured.err
+
+
+def test_single_video_that_crashes_the_decoder_is_one_line(
+    copied, index, tmp_path, break_decoder, capsys
+):
+    bad = Path(shutil.copy(index.path_of(0), tmp_path / "bad.mp4"))
+    break_decoder("bad.mp4")
+    out = tmp_path / "table.csv"
+    assert run(bad, "--checkpoint", copied, "--out", out) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert line.startswith(f"error: {bad}: a loader worker died (SIGSEGV)")
+    assert not out.exists()
 
 
 @pytest.fixture
