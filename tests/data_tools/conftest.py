@@ -19,6 +19,7 @@ import av
 import numpy as np
 import pytest
 
+from data_tools.listed_videos import Annotations
 from data_tools.make_motion_clips import make_motion_clips
 
 
@@ -107,6 +108,23 @@ def hang_after_some_calls(*args, **kwargs):
 if __name__ == "__main__":
     sys.exit({module}.main())
 """
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    """Write a list, in UTF-8 and with the given ends of lines."""
+
+    def write_text(text: str, name: str = "list.txt") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode())
+        return path
+
+    return write_text
+
+
+def named(annotations: Annotations) -> list[tuple[str, int | str | None]]:
+    """Names and labels of the videos of a list."""
+    return [(video.name, video.label) for video in annotations.videos]
 
 
 @pytest.fixture
