@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from i3d_gn.detection.build import build_model
 from i3d_gn.detection.config import load_detection_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,3 +49,17 @@ def small(shapes, tmp_path):
         )
 
     return make
+
+
+def with_few_detections(config, device):
+    """An untrained network detects something everywhere; two objects per image suffice."""
+    network = build_model(config, device)
+    network.roi_heads.detections_per_img = 2
+    network.rpn._post_nms_top_n["testing"] = 10
+    return network
+
+
+@pytest.fixture
+def fast_test(monkeypatch):
+    """Tests of untrained networks find two objects per image."""
+    monkeypatch.setattr("i3d_gn.detection.build.build_model", with_few_detections)

@@ -5,15 +5,13 @@ import pytest
 import torch
 
 from i3d_gn import cli
-from i3d_gn.detection.build import build_model
 from i3d_gn.detection.config import load_detection_config
 from i3d_gn.detection.evaluate import evaluate_coco, test
 from i3d_gn.detection.train import LOSSES, DetectionTraining, train_coco
-from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.engine.checkpoint import latest_checkpoint
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.run_log import read_log
-from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
+from tests.runs import interrupted_before, log_without_timing, newest_checkpoint
 
 CPU = torch.device("cpu")
 PROCESS = Process(0, 1, CPU)
@@ -21,47 +19,12 @@ PROCESS = Process(0, 1, CPU)
 test.__test__ = False  # tells pytest that this is no test
 
 
-def log_without_timing(run):
-    return [
-        {key: value for key, value in line.items() if key != "timing"}
-        for line in read_log(run / "log.jsonl")
-    ]
-
-
-def final(run):
-    return load_checkpoint(latest_checkpoint(run / "checkpoints"))
-
-
-@pytest.fixture
-def fast_test(monkeypatch):
-    """An untrained network detects something everywhere; two objects per image suffice."""
-
-    def build(config, device):
-        network = build_model(config, device)
-        network.roi_heads.detections_per_img = 2
-        network.rpn._post_nms_top_n["testing"] = 10
-        return network
-
-    monkeypatch.setattr("i3d_gn.detection.build.build_model", build)
-
-
-def test_resume_is_bit_identical_and_results_are_written(
-    small, tmp_path, monkeypatch, fast_test, shapes
-):
+def test_resume_is_bit_identical_and_results_are_written(small, tmp_path, fast_test):
     train_coco(small(output_dir=tmp_path / "whole"), PROCESS)
-    step = Trainer.step
-
-    def stops(self, number, batches):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(3):
         train_coco(small(output_dir=tmp_path / "cut"), PROCESS)
-    monkeypatch.setattr(Trainer, "step", step)
     train_coco(small("data.num_workers=1", output_dir=tmp_path / "cut"), PROCESS)
-    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    whole, cut = (newest_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 4
     assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
     log = log_without_timing(tmp_path / "whole")
