@@ -10,6 +10,7 @@ from pathlib import Path
 
 from i3d_gn.detection.config import DetectionConfig, load_detection_config
 from i3d_gn.engine.markdown import markdown_table
+from i3d_gn.engine.run_dir import config_of_run
 
 _BN = ("frozen_bn", "none", "none", "none")  # BN*, which is frozen
 _GN = ("gn", "gn", "gn", "gn")
@@ -96,9 +97,7 @@ def read_detection_run(folder: Path) -> DetectionRun:
     Raises:
         ValueError: `folder` is not the `output_dir` of a COCO run.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
-    config = load_detection_config(folder / "config.yaml")
+    config = load_detection_config(config_of_run(folder))
     path = folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return DetectionRun(folder.name, config, results)

@@ -9,12 +9,32 @@ import torch
 from i3d_gn.engine.distributed import all_reduce_sum
 
 
-class ClassificationMetrics:
-    """Loss, top-1 and top-5 over samples, summed on the device and read once per log line."""
+class DeviceSums:
+    """Sums over samples, kept on the device and read once per log line."""
+
+    def __init__(self, num_sums: int, device: torch.device) -> None:
+        self.sums = torch.zeros(num_sums, dtype=torch.float64, device=device)  # counts are exact
+
+    def read(self) -> list[float]:
+        """The sums over all ranks, which start again at 0."""
+        sums = self.state()
+        self.sums.zero_()
+        return sums
+
+    def state(self) -> list[float]:
+        """The sums over all ranks since they were last read."""
+        return all_reduce_sum(self.sums.clone()).tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        """Continue from `state`, on rank 0 if there are several."""
+        self.sums.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+class ClassificationMetrics(DeviceSums):
+    """Sums of losses, top-1 hits, top-5 hits, samples, and broken samples."""
 
     def __init__(self, device: torch.device) -> None:
-        # Sum of losses, top-1 hits, top-5 hits, samples, broken samples. float64: counts are exact.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        super().__init__(5, device)
 
     def update(
         self,
@@ -27,16 +47,15 @@ class ClassificationMetrics:
         """Add a batch: losses (N,), logits (N, K), labels (N,), weights (N,) of 0 or 1."""
         hits = topk_hits(logits.detach(), labels, min(5, logits.shape[1]))
         weights = weights.double()
-        self._sums[0] += (losses.detach().double() * weights).sum()
-        self._sums[1] += (hits[:, 0] * weights).sum()
-        self._sums[2] += (hits.any(dim=1) * weights).sum()
-        self._sums[3] += weights.sum()
-        self._sums[4] += num_broken
+        self.sums[0] += (losses.detach().double() * weights).sum()
+        self.sums[1] += (hits[:, 0] * weights).sum()
+        self.sums[2] += (hits.any(dim=1) * weights).sum()
+        self.sums[3] += weights.sum()
+        self.sums[4] += num_broken
 
     def read_and_reset(self) -> dict[str, float]:
         """`loss`, `top1`, `top5` (percent), `samples` and `broken` over all ranks."""
-        loss, top1, top5, samples, broken = all_reduce_sum(self._sums.clone()).tolist()
-        self._sums.zero_()
+        loss, top1, top5, samples, broken = self.read()
         count = max(samples, 1.0)
         return {
             "loss": loss / count,
@@ -45,14 +64,6 @@ class ClassificationMetrics:
             "samples": int(samples),
             "broken": int(broken),
         }
-
-    def state(self) -> list[float]:
-        """The sums over all ranks since they were last read."""
-        return all_reduce_sum(self._sums.clone()).tolist()
-
-    def load_state(self, state: list[float]) -> None:
-        """Continue from `state`, on rank 0 if there are several."""
-        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
 
 
 def topk_hits(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:

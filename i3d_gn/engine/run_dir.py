@@ -109,6 +109,18 @@ def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) 
         )
 
 
+def config_of_run(folder: Path) -> Path:
+    """The resolved config of the run in `folder`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
+    return path
+
+
 def write_run_config(output_dir: Path, config: Any) -> None:
     """Write the resolved config, and delete what a killed process left unfinished."""
     for folder in (output_dir, output_dir / "checkpoints"):

@@ -18,16 +18,9 @@ from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.imagenet.config import ImagenetConfig, default_num_groups
-from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_small, resnet_tiny
+from i3d_gn.models.resnet2d import RESNETS
 from i3d_gn.models.vgg import VGG16
 from i3d_gn.norm import make_norm, normalize_kernels
-
-_RESNETS = {
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet_small": resnet_small,
-    "resnet_tiny": resnet_tiny,
-}
 
 
 def build_model(config: ImagenetConfig, device: torch.device) -> nn.Module:
@@ -49,7 +42,7 @@ def build_model(config: ImagenetConfig, device: torch.device) -> nn.Module:
     if model.name == "vgg16":
         network: nn.Module = VGG16(norm, model.num_classes)
     else:
-        network = _RESNETS[model.name](
+        network = RESNETS[model.name](
             norm, model.num_classes, zero_init_last_norm=model.zero_init_last_norm
         )
     if model.kernel_norm is not None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from i3d_gn.engine.figures import save_figure
 from i3d_gn.engine.markdown import markdown_table
+from i3d_gn.engine.run_dir import config_of_run
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.imagenet.config import ImagenetConfig, default_num_groups, load_imagenet_config
 
@@ -63,11 +64,9 @@ def read_image_run(folder: Path) -> ImageRun:
     Raises:
         ValueError: `folder` is not the `output_dir` of an ImageNet run.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
     log = read_log(folder / "log.jsonl")
     validations = [line for line in log if line["kind"] == "val"]
-    config = load_imagenet_config(folder / "config.yaml")
+    config = load_imagenet_config(config_of_run(folder))
     errors = [line["error"] for line in validations]
     finished = len(errors) == config.train.epochs
     return ImageRun(

@@ -122,3 +122,6 @@ def resnet_small(
     """The image network that inflates to `i3d_small`; `gn` means 8 groups."""
     norm = partial(make_norm, "gn", num_groups=8) if norm == "gn" else norm
     return ResNet2d((1, 2, 2, 1), norm=norm, num_classes=num_classes, width=24, **options)
+
+
+RESNETS = {make.__name__: make for make in (resnet50, resnet101, resnet_small, resnet_tiny)}

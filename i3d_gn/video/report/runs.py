@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from i3d_gn.engine.run_dir import config_of_run
 from i3d_gn.engine.run_log import STRIPS, read_log
 from i3d_gn.engine.typed_config import differences, to_dict
 from i3d_gn.video.config import ClipConfig, Config, TestConfig, load_config
@@ -108,9 +109,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         ValueError: `folder` is not the `output_dir` of a run, or its scores are damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
-    config = load_config(folder / "config.yaml")
+    config = load_config(config_of_run(folder))
     found = find_test(folder, config)
     return Run(
         name=name or folder.name,
