@@ -15,15 +15,9 @@ from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models.mask_rcnn import mask_rcnn_c4, mask_rcnn_fpn
-from i3d_gn.models.resnet2d import resnet50, resnet101, resnet_small, resnet_tiny
+from i3d_gn.models.resnet2d import RESNETS
 from i3d_gn.norm import make_norm
 
-_RESNETS = {
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet_small": resnet_small,
-    "resnet_tiny": resnet_tiny,
-}
 # An image may take minutes to arrive from a busy network drive.
 _TIMEOUT_SECONDS = 300.0
 
@@ -33,12 +27,12 @@ def build_model(config: DetectionConfig, device: torch.device) -> MaskRCNN:
     model = config.model
 
     def norm(name: str) -> Any:
+        if name == "none":
+            return name
         options = {"num_groups": model.num_groups} if name == "gn" else {}
-        return "none" if name == "none" else functools.partial(
-            make_norm, name, spatial_dims=2, **options
-        )  # fmt: skip
+        return functools.partial(make_norm, name, spatial_dims=2, **options)
 
-    backbone = _RESNETS[model.backbone](norm(model.norm), num_classes=1)
+    backbone = RESNETS[model.backbone](norm(model.norm), num_classes=1)
     common: dict[str, Any] = {
         "channels": model.channels,
         "anchor_sizes": model.anchor_sizes,

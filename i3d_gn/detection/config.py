@@ -118,8 +118,14 @@ def _check_values(config: DetectionConfig, path: Path) -> None:
             f"{path}: train.compile is not for detectors, whose shapes change with every image; "
             "set train.compile=false"
         )
-    if model.num_frozen > 5:
-        raise ConfigError(f"{path}: model.num_frozen is {model.num_frozen}; it must be at most 5")
+    last_stage = 4 if model.name == "mask_rcnn_c4" else 5  # of the backbone; res5 is C4's head
+    if model.num_frozen > last_stage:
+        raise ConfigError(
+            f"{path}: model.num_frozen is {model.num_frozen}; it must be at most {last_stage} for "
+            f"{model.name}"
+        )
+    if not model.anchor_sizes:
+        raise ConfigError(f"{path}: model.anchor_sizes are []; expected at least one")
     if model.weights is None and (model.num_frozen or model.norm == "frozen_bn"):
         key = "num_frozen=0" if model.num_frozen else "norm=gn"
         raise ConfigError(

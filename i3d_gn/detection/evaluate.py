@@ -31,7 +31,7 @@ Records = list[dict[str, Any]]
 
 
 def evaluate_coco(config: DetectionConfig, process: Process, checkpoint: Path | None) -> None:
-    """Test a checkpoint on the validation images; write `results.json` and `detections.json`.
+    """Test a checkpoint on the validation images, and write the results to `output_dir`.
 
     Args:
         config: Of the network, the data and the output.
@@ -50,20 +50,20 @@ def evaluate_coco(config: DetectionConfig, process: Process, checkpoint: Path | 
     images = build.load_images(config.data.val_images, config.data.val_annotations, config)
     model = build.build_model(config, process.device)
     load_detector_weights(model, path, images.category_ids, whole=True)
-    values, records = test(model, images, config, process)
+    values, records = evaluate_model(model, images, config, process)
     if process.is_main:
         write_results(output_dir, values, records, images, str(path))
         print_line(f"{len(images)} images: {summary(values)}")
 
 
 @torch.no_grad()
-def test(
+def evaluate_model(
     model: nn.Module, images: CocoImages, config: DetectionConfig, process: Process
 ) -> tuple[dict[str, float], Records]:
     """Detect objects in every image once, split across ranks.
 
     Returns:
-        `average_precision` on all ranks, and on rank 0 the detections in the order of images.
+        The average precision on all ranks, and on rank 0 the detections in the order of images.
     """
     model.eval()
     broadcast_from_main(model.buffers())

@@ -2,8 +2,8 @@
 
 Any number of GPUs runs the same experiment: a forward pass has `train.images_per_gpu` images, and
 gradients accumulate to `train.global_batch_size`. Writes `config.yaml`, `log.jsonl`,
-`tensorboard/`, `checkpoints/`, and after the last step `results.json` and `detections.json` under
-`output_dir`.
+`tensorboard/`, `checkpoints/`, and after the last validation `results.json` and `detections.json`
+under `output_dir`.
 """
 
 import logging
@@ -20,13 +20,15 @@ from i3d_gn.data.to_device import autocast
 from i3d_gn.detection import build
 from i3d_gn.detection.coco import DetectionBatch, TrainingCoco
 from i3d_gn.detection.config import DetectionConfig
-from i3d_gn.detection.evaluate import images_of, summary, test, write_results
+from i3d_gn.detection.evaluate import evaluate_model, images_of, summary, write_results
 from i3d_gn.engine.classification import saved_normalization
-from i3d_gn.engine.distributed import Process, all_reduce_sum
+from i3d_gn.engine.distributed import Process
+from i3d_gn.engine.metrics import DeviceSums
 from i3d_gn.engine.run_log import RunLog
 from i3d_gn.engine.task import Task
 from i3d_gn.engine.training import train_task
 from i3d_gn.engine.typed_config import ConfigError
+from i3d_gn.files import file_sha256
 from i3d_gn.models.mask_rcnn import load_detector_weights
 
 logger = logging.getLogger(__name__)
@@ -46,32 +48,23 @@ def train_coco(config: DetectionConfig, process: Process) -> None:
     train_task(DetectionTraining(config, process), config.train, config)
 
 
-class LossMetrics:
-    """The losses, summed over images on the device and read once per log line."""
+class LossMetrics(DeviceSums):
+    """Sums of the losses, and of images."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)
+        super().__init__(len(LOSSES) + 1, device)
 
     def update(self, losses: Mapping[str, Tensor], num_images: int) -> None:
         """Add the mean losses of a micro-batch."""
         values = torch.stack([losses[name].detach().double() for name in LOSSES])
-        self._sums[:-1] += values * num_images
-        self._sums[-1] += num_images
+        self.sums[:-1] += values * num_images
+        self.sums[-1] += num_images
 
     def read_and_reset(self) -> dict[str, float]:
         """Means over all ranks, their sum as `loss`, and the counts `samples` and `broken`."""
-        *sums, samples = all_reduce_sum(self._sums.clone()).tolist()
-        self._sums.zero_()
+        *sums, samples = self.read()
         means = {name: total / max(samples, 1.0) for name, total in zip(LOSSES, sums, strict=True)}
         return {"loss": sum(means.values()), **means, "samples": int(samples), "broken": 0}
-
-    def state(self) -> list[float]:
-        """The sums over all ranks since they were last read."""
-        return all_reduce_sum(self._sums.clone()).tolist()
-
-    def load_state(self, state: list[float]) -> None:
-        """Continue from `state`, on rank 0 if there are several."""
-        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
 
 
 class DetectionTraining(Task[DetectionBatch]):
@@ -94,6 +87,12 @@ class DetectionTraining(Task[DetectionBatch]):
         self.examples = TrainingCoco(self.train_images, seed=config.seed)
         if not len(self.examples):
             raise ConfigError(f"{data.train_annotations}: no image has an object to train on")
+        self._data = {
+            "training images": self.train_images.describe(),
+            "validation images": self.val_images.describe(),
+            "training annotations": file_sha256(data.train_annotations)[:16],
+            "validation annotations": file_sha256(data.val_annotations)[:16],
+        }
         self._metrics = LossMetrics(process.device)
 
     @property
@@ -107,11 +106,8 @@ class DetectionTraining(Task[DetectionBatch]):
         return self.model
 
     def data(self) -> dict[str, str]:
-        """Categories and counts of both sets."""
-        return {
-            "training images": self.train_images.describe(),
-            "validation images": self.val_images.describe(),
-        }
+        """Categories and counts of both sets, and hashes of their annotations."""
+        return self._data
 
     def load_weights(self, model: nn.Module) -> None:
         """Load `model.weights`, if any."""
@@ -167,10 +163,12 @@ class DetectionTraining(Task[DetectionBatch]):
 
     def validate(self, model: nn.Module, step: int, log: RunLog) -> None:
         """Average precision; the last one is the result of the run."""
-        values, records = test(model, self.val_images, self.config, self.process)
+        recipe = self.config.train
+        values, records = evaluate_model(model, self.val_images, self.config, self.process)
         log.write("val", step, values)
         logger.info("step %d  %s", step, summary(values))
-        if step == self.config.train.steps and self.process.is_main:
+        may_be_last = step == recipe.steps or recipe.patience is not None
+        if may_be_last and self.process.is_main:
             write_results(
                 Path(self.config.output_dir), values, records, self.val_images, f"step {step}"
             )

@@ -6,7 +6,7 @@ import torch
 
 from i3d_gn import cli
 from i3d_gn.detection.config import load_detection_config
-from i3d_gn.detection.evaluate import evaluate_coco, test
+from i3d_gn.detection.evaluate import evaluate_coco, evaluate_model
 from i3d_gn.detection.train import LOSSES, DetectionTraining, train_coco
 from i3d_gn.engine.checkpoint import latest_checkpoint
 from i3d_gn.engine.distributed import Process
@@ -15,8 +15,6 @@ from tests.runs import interrupted_before, log_without_timing, newest_checkpoint
 
 CPU = torch.device("cpu")
 PROCESS = Process(0, 1, CPU)
-
-test.__test__ = False  # tells pytest that this is no test
 
 
 def test_resume_is_bit_identical_and_results_are_written(small, tmp_path, fast_test):
@@ -51,12 +49,32 @@ def test_each_image_is_tested_once_on_any_number_of_ranks(small, fast_test, monk
     task = DetectionTraining(config, PROCESS)
     torch.manual_seed(0)
     network = task.build_model()
-    _, whole = test(network, task.val_images, config, PROCESS)
+    _, whole = evaluate_model(network, task.val_images, config, PROCESS)
     monkeypatch.setattr("i3d_gn.detection.evaluate.gather_on_main", lambda mine, _: [mine])
-    parts = [test(network, task.val_images, config, Process(r, 3, CPU))[1] for r in range(3)]
+    ranks = [Process(rank, 3, CPU) for rank in range(3)]
+    parts = [evaluate_model(network, task.val_images, config, rank)[1] for rank in ranks]
     records = [record for part in parts for record in part]
     assert whole == sorted(records, key=lambda record: record["image_id"])
     assert len({record["image_id"] for record in whole}) == 8
+
+
+def test_run_that_stops_early_writes_results(small, tmp_path, fast_test):
+    options = ["train.validate_every=1", "train.best_metric=val/box_ap", "train.patience=1"]
+    train_coco(small(*options), PROCESS)
+    assert newest_checkpoint(tmp_path / "run")["step"] == 2  # of 4; AP is 0 after both steps
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["checkpoint"] == "step 2"
+
+
+def test_changed_boxes_do_not_resume(small, tmp_path, fast_test, shapes):
+    copy = tmp_path / "train.json"
+    content = json.loads((shapes / "train.json").read_text())
+    copy.write_text(json.dumps(content))
+    config = small(f"data.train_annotations={copy}", "train.steps=1", "train.milestones=[]")
+    train_coco(config, PROCESS)
+    content["annotations"][0]["bbox"][0] += 1
+    copy.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="data have changed .*training annotations: "):
+        train_coco(config, PROCESS)
 
 
 def test_bfloat16_has_a_finite_loss(small, fast_test):
@@ -66,7 +84,7 @@ def test_bfloat16_has_a_finite_loss(small, fast_test):
     loss = task.loss(network, next(iter(task.training_batches(0))))
     loss.backward()
     assert loss.isfinite()
-    assert len(test(network, task.val_images, config, PROCESS)[0]) == 12
+    assert len(evaluate_model(network, task.val_images, config, PROCESS)[0]) == 12
 
 
 @pytest.mark.parametrize(
@@ -77,6 +95,8 @@ def test_bfloat16_has_a_finite_loss(small, fast_test):
         ("model.norm=frozen_bn", "without model.weights nothing can be frozen"),
         ("model.name=mask_rcnn_c4", r"model\.fpn_norm is gn, but mask_rcnn_c4"),
         ("model.anchor_sizes=[8,16]", "the pyramid has 5 levels"),
+        ("model.anchor_sizes=[]", "expected at least one"),
+        ("model.num_frozen=6", "num_frozen is 6; it must be at most 5 for mask_rcnn_fpn"),
         ("model.box_head=2fc", r"box head 2fc has no\s+convolutions"),
         ("train.warmup_from=2", "warmup_from is 2.0; it must lie in"),
         ("data.min_size=800", "max_size 64 is smaller than data.min_size"),
