@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,10 +7,9 @@ import torch
 from PIL import Image
 
 from i3d_gn import cli
-from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
+from i3d_gn.engine.checkpoint import latest_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_log import read_log
-from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
 from i3d_gn.imagenet.build import build_model
 from i3d_gn.imagenet.config import load_imagenet_config
@@ -22,6 +18,7 @@ from i3d_gn.models import i3d_tiny
 from i3d_gn.models.inflate import load_imagenet_weights
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.norm import SplitBatchNorm
+from tests.runs import interrupted_before, log_without_timing, newest_checkpoint, on_ranks
 
 CPU = torch.device("cpu")
 PROCESS = Process(0, 1, CPU)
@@ -61,17 +58,6 @@ train: {{epochs: 3, images_per_gpu: 2, num_gpus: 4, lr: 1.0, lr_batch_size: 256,
     return make
 
 
-def log_without_timing(run):
-    return [
-        {key: value for key, value in line.items() if key != "timing"}
-        for line in read_log(run / "log.jsonl")
-    ]
-
-
-def final(run):
-    return load_checkpoint(latest_checkpoint(run / "checkpoints"))
-
-
 def test_run_learns_and_reports_the_median_error(small, tmp_path, capsys):
     # Group norm learns this with any seed; batch norm over two images does not.
     config = small("model.norm=gn", "train.epochs=8", "train.milestones=[6]")
@@ -90,22 +76,13 @@ def test_run_learns_and_reports_the_median_error(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "brn"])
-def test_resume_is_bit_identical(small, tmp_path, monkeypatch, norm):
+def test_resume_is_bit_identical(small, tmp_path, norm):
     options = [f"model.norm={norm}"]
     train_imagenet(small(*options, output_dir=tmp_path / "whole"), PROCESS)
-    step = Trainer.step
-
-    def stops(self, number, batches):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(3):
         train_imagenet(small(*options, output_dir=tmp_path / "cut"), PROCESS)
-    monkeypatch.undo()
     train_imagenet(small(*options, "data.num_workers=2", output_dir=tmp_path / "cut"), PROCESS)
-    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    whole, cut = newest_checkpoint(tmp_path / "whole"), newest_checkpoint(tmp_path / "cut")
     assert whole["step"] == cut["step"] == 6
     assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
     assert log_without_timing(tmp_path / "whole") == log_without_timing(tmp_path / "cut")
@@ -119,20 +96,17 @@ def test_any_number_of_ranks_is_the_same_experiment(small, tmp_path):
     train_imagenet(config, PROCESS)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-            "-m", "i3d_gn", "train-imagenet", str(path), f"output_dir={tmp_path / 'four'}",
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    four = f"output_dir={tmp_path / 'four'}"
+    on_ranks(4, "-m", "i3d_gn", "train-imagenet", path, four).check_returncode()
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "four")]
     for one_line, four_line in zip(*logs, strict=True):
         # Validation uses the running statistics of worker 0 on every rank.
         tolerance = 1e-5 if one_line["kind"] == "train" else 1e-4
         assert four_line["loss"] == pytest.approx(one_line["loss"], rel=tolerance)
-    one, four = final(tmp_path / "one")["model"], final(tmp_path / "four")["model"]
+    one, four = (
+        newest_checkpoint(tmp_path / "one")["model"],
+        newest_checkpoint(tmp_path / "four")["model"],
+    )
     for key, value in one.items():
         torch.testing.assert_close(four[key], value, rtol=1e-3, atol=1e-4, msg=key)
     # Statistics over all eight images at once are another experiment.
@@ -140,7 +114,7 @@ def test_any_number_of_ranks_is_the_same_experiment(small, tmp_path):
         small(*short, "train.images_per_gpu=8", "train.num_gpus=1", output_dir=tmp_path / "whole"),
         PROCESS,
     )
-    whole = final(tmp_path / "whole")["model"]
+    whole = newest_checkpoint(tmp_path / "whole")["model"]
     assert (whole["norm1.running_var"] - one["norm1.running_var"]).abs().max() > 1e-3
 
 
@@ -152,7 +126,7 @@ def test_checkpoint_inflates_to_a_video_network(small, tmp_path):
     assert report.left_at_init == ("head.linear.weight", "head.linear.bias")
     info = report.info
     assert (info.norm, info.num_groups, info.mean) == ("gn", 8, (0.485, 0.456, 0.406))
-    kernel = final(tmp_path / "run")["model"]["res3.0.conv1.weight"]
+    kernel = newest_checkpoint(tmp_path / "run")["model"]["res3.0.conv1.weight"]
     torch.testing.assert_close(video.res3[0].conv1.weight.sum(2), kernel)
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from i3d_gn.models import i3d_resnet50, i3d_resnet101, i3d_tiny
 from i3d_gn.models.blocks import make_stage
 from i3d_gn.norm import FrozenBatchNorm, GroupNorm, make_norm
+from tests.models.conftest import assert_initialized
 
 # Shapes (C, T, H, W) of [NL] `resnet_video_org` for clips of 32 x 224 x 224.
 LAYER_TABLE = {
@@ -160,17 +161,7 @@ def test_clips_that_are_too_small(options):
 def test_initialization():
     torch.manual_seed(0)
     model = i3d_resnet50(num_classes=400)
-    for name, parameter in model.named_parameters():
-        if "conv" in name:
-            fan_out = parameter.shape[0] * parameter[0, 0].numel()
-            assert parameter.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
-        elif name.endswith("norm3.weight"):
-            assert torch.equal(parameter, torch.zeros_like(parameter))
-        elif name.endswith("weight") and "norm" in name:
-            assert torch.equal(parameter, torch.ones_like(parameter))
-        elif name.endswith("bias"):
-            assert torch.equal(parameter, torch.zeros_like(parameter))
-    assert model.head.linear.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert_initialized(model)
     assert model.head.dropout.p == 0.5
     ones = i3d_tiny(zero_init_last_norm=False)
     assert all(torch.equal(b.norm3.weight, torch.ones(64)) for b in ones.res2)

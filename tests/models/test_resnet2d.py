@@ -7,6 +7,7 @@ from torch import nn
 
 from i3d_gn.models.resnet2d import ResNet2d, resnet50, resnet101, resnet_tiny
 from i3d_gn.norm import GroupNorm, make_norm
+from tests.models.conftest import assert_initialized
 
 
 def on_meta(make, *args, **kwargs):
@@ -27,17 +28,7 @@ def test_parameter_shapes_equal_torchvision(ours, theirs):
 
 def test_initialization():
     model = resnet50(num_classes=400)
-    for name, parameter in model.named_parameters():
-        if "conv" in name:
-            fan_out = parameter.shape[0] * parameter[0, 0].numel()
-            assert parameter.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
-        elif name.endswith("norm3.weight"):
-            assert torch.equal(parameter, torch.zeros_like(parameter))
-        elif name.endswith("weight") and "norm" in name:
-            assert torch.equal(parameter, torch.ones_like(parameter))
-        elif name.endswith("bias"):
-            assert torch.equal(parameter, torch.zeros_like(parameter))
-    assert model.head.linear.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert_initialized(model)
     ones = resnet_tiny(zero_init_last_norm=False)
     assert all(torch.equal(b.norm3.weight, torch.ones(64)) for b in ones.res2)
     # A frozen gamma of 0 could never change.

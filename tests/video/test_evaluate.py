@@ -1,8 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +15,7 @@ from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
+from tests.runs import on_ranks
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -82,14 +80,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(small_run, motion_set, tmp_
     path.write_text(to_yaml(config))
     tables, results = [], []
     for world_size in (1, 2, 3):
-        subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={world_size}", "-m", "i3d_gn", "evaluate", str(path),
-            ],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        on_ranks(world_size, "-m", "i3d_gn", "evaluate", path).check_returncode()
         (folder,) = (tmp_path / "run").glob("test_step_00000002_3xfull_nonlocal_*")
         tables.append(pq.read_table(folder / "scores.parquet"))
         results.append(json.loads((folder / "results.json").read_text()))

@@ -15,13 +15,13 @@ from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.mixing import MixSamples
 from i3d_gn.engine.precise_bn import get_bn_modules
 from i3d_gn.engine.run_log import read_log
-from i3d_gn.engine.trainer import Trainer
 from i3d_gn.models import i3d_tiny
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video import build
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
+from tests.runs import interrupted_before
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -187,7 +187,7 @@ def test_augmented_clips_depend_on_the_position_alone(small_run, motion_set):
         assert build.random_clips(index, config, stream=stream).rand_augment == 0
 
 
-def test_resume_with_every_option_is_bit_identical(small_run, tmp_path, monkeypatch):
+def test_resume_with_every_option_is_bit_identical(small_run, tmp_path):
     """Stopped after step 3 of 4; resumed with two loader workers instead of none."""
     options = [
         "train.steps=4", "train.milestones=[]", "train.checkpoint_every=3",
@@ -197,17 +197,8 @@ def test_resume_with_every_option_is_bit_identical(small_run, tmp_path, monkeypa
         "train.validate_every=4",
     ]  # fmt: skip
     train(small_run(*options, output_dir=tmp_path / "whole"), PROCESS)
-    step = Trainer.step
-
-    def stops(self, number, batches):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(3):
         train(small_run(*options, output_dir=tmp_path / "cut"), PROCESS)
-    monkeypatch.undo()
     train(small_run(*options, "data.num_workers=2", output_dir=tmp_path / "cut"), PROCESS)
     saved = [
         load_checkpoint(tmp_path / name / "checkpoints" / file)

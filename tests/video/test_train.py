@@ -28,13 +28,14 @@ from i3d_gn.video.train import VideoTraining, train
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
 from i3d_gn.video_io.strips import read_strips
+from tests.runs import interrupted_before, log_without_timing, newest_checkpoint, on_ranks
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
 
 def assert_same_outcome(folder_a, folder_b):
     """Bit-equal parameters, optimizer state and log, except for timing."""
-    a, b = (load_checkpoint(latest_checkpoint(f / "checkpoints")) for f in (folder_a, folder_b))
+    a, b = (newest_checkpoint(f) for f in (folder_a, folder_b))
     assert a["step"] == b["step"]
     assert a["model"].keys() == b["model"].keys()
     for key, value in a["model"].items():
@@ -56,13 +57,6 @@ def records_of(index):
     ]  # fmt: skip
 
 
-def log_without_timing(folder):
-    return [
-        {key: value for key, value in line.items() if key != "timing"}
-        for line in read_log(folder / "log.jsonl")
-    ]
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -74,20 +68,11 @@ def log_without_timing(folder):
     ids=["gn", "bn", "fp16"],
 )  # fmt: skip
 @pytest.mark.parametrize("stop_before", [1, 4, 5])
-def test_resume_is_bit_identical(small_run, tmp_path, monkeypatch, recipe, stop_before):
+def test_resume_is_bit_identical(small_run, tmp_path, recipe, stop_before):
     options = [*recipe, "train.log_every=3"]  # so that checkpoints fall between log lines
     train(small_run(*options, output_dir=tmp_path / "whole"), PROCESS)
-    step = Trainer.step
-
-    def stops(self, number, batches):
-        if number == stop_before:
-            raise KeyboardInterrupt
-        return step(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(stop_before):
         train(small_run(*options, output_dir=tmp_path / "stopped"), PROCESS)
-    monkeypatch.undo()
     # Resume with another number of workers.
     options.append("data.num_workers=2")
     train(small_run(*options, output_dir=tmp_path / "stopped"), PROCESS)
@@ -117,14 +102,6 @@ def test_resume_after_sigkill_is_bit_identical(small_run, tmp_path):
     assert_same_outcome(whole, run)
 
 
-def in_processes(world_size, path, *overrides, program=("-m", "i3d_gn", "train")):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={world_size}", *program, str(path), *overrides,
-    ]  # fmt: skip
-    return subprocess.run(command, check=False, env=one_thread(), capture_output=True, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["gn", "bn"])
 def test_two_ranks_train_like_one_process(small_run, tmp_path, norm):
@@ -134,22 +111,19 @@ def test_two_ranks_train_like_one_process(small_run, tmp_path, norm):
     path.write_text(to_yaml(config))
     train(config, PROCESS)
     two, resumed = tmp_path / "two", tmp_path / "resumed"
-    in_processes(2, path, f"output_dir={two}").check_returncode()
+    on_ranks(2, "-m", "i3d_gn", "train", path, f"output_dir={two}").check_returncode()
     # Two ranks also resume bit for bit, from a checkpoint between two log lines.
     shutil.copytree(two, resumed)
     for later in list_checkpoints(resumed / "checkpoints")[1:]:
         later.unlink()
-    in_processes(2, path, f"output_dir={resumed}").check_returncode()
+    on_ranks(2, "-m", "i3d_gn", "train", path, f"output_dir={resumed}").check_returncode()
     assert_same_outcome(two, resumed)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
     assert [line["kind"] for line in logs[0]] == [line["kind"] for line in logs[1]]
     for one, two in zip(*logs, strict=True):
         assert one["samples"] == two["samples"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-    states = [
-        load_checkpoint(latest_checkpoint(tmp_path / name / "checkpoints"))["model"]
-        for name in ("one", "two")
-    ]
+    states = [newest_checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
     for key, value in states[0].items():
         if not key.endswith("num_batches_tracked"):  # each rank counts its own
             torch.testing.assert_close(value, states[1][key], rtol=1e-2, atol=1e-3)
@@ -165,7 +139,7 @@ def test_mixup_average_and_early_stopping_on_two_ranks_are_those_of_one(small_ru
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     train(config, PROCESS)
-    alone = load_checkpoint(latest_checkpoint(tmp_path / "one" / "checkpoints"))
+    alone = newest_checkpoint(tmp_path / "one")
     two = tmp_path / "two"
     program = tmp_path / "program.py"  # also saves the average of each rank
     program.write_text(
@@ -179,9 +153,9 @@ def test_mixup_average_and_early_stopping_on_two_ranks_are_those_of_one(small_ru
         "TrainingLoop.run = run_and_save\n"
         f"sys.exit(main(['train', sys.argv[1], 'output_dir={two}']))\n"
     )
-    done = in_processes(2, path, program=[str(program)])
+    done = on_ranks(2, program, path)
     assert done.returncode == 0, done.stderr
-    saved = load_checkpoint(latest_checkpoint(two / "checkpoints"))
+    saved = newest_checkpoint(two)
     assert saved["step"] == alone["step"] < 6  # stopped early
     averages = [torch.load(f"{two}_{rank}") for rank in (0, 1)]
     for key, value in saved["model"].items():
@@ -239,7 +213,7 @@ def test_divergence_keeps_the_last_good_checkpoint(small_run, tmp_path, monkeypa
         r"try a lower train.lr or train.warmup_steps or train.clip_grad_norm",
     ):
         train(small_run(), PROCESS)
-    saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
+    saved = newest_checkpoint(tmp_path / "run")
     assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
 
 
@@ -359,7 +333,7 @@ def test_ranks_with_different_output_dirs_do_not_start(small_run, tmp_path):
         f"folder = '{tmp_path}/' + os.environ['RANK']\n"
         "sys.exit(main(['train', sys.argv[1], f'output_dir={folder}']))\n"
     )
-    done = in_processes(2, path, program=[str(program)])
+    done = on_ranks(2, program, path)
     assert done.returncode != 0
     for rank in (0, 1):
         assert (
@@ -372,7 +346,7 @@ def test_ranks_with_different_output_dirs_do_not_start(small_run, tmp_path):
 def test_global_batch_that_does_not_split_evenly_ends_every_rank(small_run, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(small_run("train.steps=2")))
-    done = in_processes(3, path, f"output_dir={tmp_path / 'three'}")
+    done = on_ranks(3, "-m", "i3d_gn", "train", path, f"output_dir={tmp_path / 'three'}")
     assert done.returncode != 0
     assert "a global batch of 4 samples does not split evenly across 3 ranks" in done.stderr
 
@@ -454,7 +428,7 @@ def test_compiled_network_trains_the_same_on_a_gpu(small_run, tmp_path):
     eager, compiled = (read_log(tmp_path / name / "log.jsonl") for name in ("eager", "compiled"))
     for one, other in zip(eager, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-2)
-    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "compiled" / "checkpoints"))
+    checkpoint = newest_checkpoint(tmp_path / "compiled")
     assert "conv1.weight" in checkpoint["model"]  # the names of the network that is not compiled
 
 
