@@ -1,6 +1,7 @@
 """The paper's Tables 4 to 7 with the results of runs beside its own.
 
-Runs that differ in nothing but the seed share a row: their mean, and how many there are.
+Finished runs with the norms, network, steps and start of a row are averaged, and counted if there
+are several.
 """
 
 import json

@@ -82,7 +82,8 @@ class DetectionTraining(Task[DetectionBatch]):
         sides = [(i.category_ids, i.class_names) for i in (self.train_images, self.val_images)]
         if sides[0] != sides[1]:
             raise ConfigError(
-                f"{data.train_annotations} and {data.val_annotations} have different categories"
+                f"{data.train_annotations} and {data.val_annotations} have different categories; "
+                "both must list the same ids and names"
             )
         self.examples = TrainingCoco(self.train_images, seed=config.seed)
         if not len(self.examples):

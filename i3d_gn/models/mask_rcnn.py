@@ -108,26 +108,6 @@ class C4Backbone(nn.Module):
         return OrderedDict([("0", self.body(images)["2"])])
 
 
-class Res5Head(nn.Module):
-    """res5 as the head of regions: features (R, C, 14, 14) to (R, 2 C, 7, 7)."""
-
-    def __init__(self, network: ResNet2d) -> None:
-        super().__init__()
-        self.res5 = network.res5
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features of regions (R, C, 14, 14) to (R, 2 C, 7, 7)."""
-        return self.res5(features)
-
-
-class PooledPredictor(FastRCNNPredictor):
-    """Classes and boxes from the average of a region's features."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (R, C, H, W) to logits (R, K + 1) and box deltas (R, 4 (K + 1))."""
-        return super().forward(x.mean((2, 3)))
-
-
 def mask_rcnn_fpn(
     network: ResNet2d,
     num_classes: int,
@@ -204,7 +184,7 @@ def mask_rcnn_c4(
     Its mask head is a transposed convolution to `channels` and a 1x1 convolution, for masks of
     14x14. Arguments are those of `mask_rcnn_fpn`.
     """
-    head = Res5Head(network)
+    res5 = OrderedDict[str, nn.Module](res5=network.res5)  # (R, C, 14, 14) to (R, 2 C, 7, 7)
     out_channels = _stage_channels(network)[3]
     model = MaskRCNN(
         C4Backbone(network, num_frozen),
@@ -214,11 +194,11 @@ def mask_rcnn_c4(
         rpn_pre_nms_top_n_train=12_000,
         rpn_pre_nms_top_n_test=6_000,
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
-        box_head=head,
-        box_predictor=PooledPredictor(out_channels, num_classes + 1),
+        box_head=nn.Sequential(res5 | {"pool": nn.AdaptiveAvgPool2d(1)}),
+        box_predictor=FastRCNNPredictor(out_channels, num_classes + 1),
         box_batch_size_per_image=regions_per_image,
         mask_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
-        mask_head=head,
+        mask_head=nn.Sequential(res5),
         mask_predictor=MaskRCNNPredictor(out_channels, channels, num_classes + 1),
     )
     _init_heads(model)
