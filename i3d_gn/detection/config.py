@@ -19,15 +19,18 @@ class DetectorConfig:
     backbone: Literal["resnet50", "resnet101", "resnet_small", "resnet_tiny"] = "resnet50"
     num_classes: int = 80  # without the background; must be that of the annotations
     norm: Literal["gn", "bn", "sync_bn", "frozen_bn"] = "gn"  # of the backbone, and of res5 in C4
-    # of the pyramid, of the box head 4conv1fc, and of the mask head; not in C4
-    fpn_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"
-    box_head_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"  # see fpn_norm
-    mask_head_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"  # see fpn_norm
+    fpn_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"  # of the pyramid; none in C4
+    # of the convolutions of box head 4conv1fc; none in C4 and for 2fc
+    box_head_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"
+    # of the convolutions of the mask head; none in C4
+    mask_head_norm: Literal["gn", "bn", "sync_bn", "none"] = "gn"
     num_groups: int = 32  # of gn
-    box_head: Literal["2fc", "4conv1fc"] = "4conv1fc"  # linear layers, convolutions; not in C4
+    # two linear layers, or four convolutions and one linear layer; not in C4
+    box_head: Literal["2fc", "4conv1fc"] = "4conv1fc"
     channels: int = 256  # of the pyramid and of the convolutions of the heads
     fc_channels: int = 1024  # of the linear layers of the box head
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)  # pixels; by level of the pyramid
+    # pixels; one per level of the pyramid, or all on the one level of C4
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     num_frozen: int = 2  # 0: nothing; 1: conv1 is frozen; 2: conv1 and res2; ...
     weights: str | None = None  # of an image network or a detector; None: start from scratch
 
@@ -58,7 +61,7 @@ class DetectionTrainConfig(Recipe):
     warmup_steps: int = 500  # lr rises linearly over so many steps
     warmup_from: float = 1 / 3  # fraction of lr at which the warm-up starts
     nesterov: bool = False  # Nesterov momentum
-    regions_per_image: int = 512  # proposals that the heads are trained on
+    regions_per_image: int = 512  # proposals per image that the heads are trained on
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from i3d_gn.detection.coco import (
     coco_records,
 )
 from i3d_gn.detection.config import DetectionConfig
-from i3d_gn.engine.checkpoint import latest_checkpoint
+from i3d_gn.engine.checkpoint import given_or_latest
 from i3d_gn.engine.cores import limit_compute_threads
 from i3d_gn.engine.distributed import Process, broadcast_from_main, gather_on_main
-from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.files import print_line, write_json
 from i3d_gn.models.mask_rcnn import load_detector_weights
 
@@ -39,14 +38,12 @@ def evaluate_coco(config: DetectionConfig, process: Process, checkpoint: Path | 
         checkpoint: Of a run, or weights of another codebase's detector; None: the run's newest.
 
     Raises:
-        ConfigError: There is no checkpoint.
+        CheckpointError: There is no checkpoint.
         ValueError: The weights do not fit the network, or data cannot be read.
     """
     limit_compute_threads(config, process)
     output_dir = Path(config.output_dir)
-    path = checkpoint or latest_checkpoint(output_dir / "checkpoints")
-    if path is None:
-        raise ConfigError(f"{output_dir} has no checkpoint; train first, or pass --checkpoint")
+    path = given_or_latest(checkpoint, output_dir)
     images = build.load_images(config.data.val_images, config.data.val_annotations, config)
     model = build.build_model(config, process.device)
     load_detector_weights(model, path, images.category_ids, whole=True)

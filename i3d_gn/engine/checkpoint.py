@@ -74,6 +74,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+def given_or_latest(checkpoint: Path | None, output_dir: Path) -> Path:
+    """The checkpoint of a test: the given one, or else the newest of the run in `output_dir`.
+
+    Raises:
+        CheckpointError: None is given, and the run has none.
+    """
+    found = checkpoint or latest_checkpoint(output_dir / "checkpoints")
+    if found is None:
+        folder = output_dir / "checkpoints"
+        raise CheckpointError(f"no checkpoint under {folder}; train first or pass --checkpoint")
+    return found
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
     found = list_checkpoints(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from i3d_gn.data.to_device import ToDevice
-from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
+from i3d_gn.engine.checkpoint import CheckpointError, given_or_latest
 from i3d_gn.engine.cores import limit_compute_threads
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, to_dict
@@ -42,11 +42,7 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         ValueError: The index does not match, or no video could be decoded.
     """
     limit_compute_threads(config, process)
-    if checkpoint is None:
-        folder = Path(config.output_dir) / "checkpoints"
-        checkpoint = latest_checkpoint(folder)
-        if checkpoint is None:
-            raise CheckpointError(f"no checkpoint under {folder}; train first or pass --checkpoint")
+    checkpoint = given_or_latest(checkpoint, Path(config.output_dir))
     index = build.load_index(config.data.val_index, config, labeled=False)
     config = replace(config, model=config.model.completed(len(index.class_names)))
     network = load_trained(checkpoint, config, process.device)

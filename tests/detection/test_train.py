@@ -8,9 +8,10 @@ from i3d_gn import cli
 from i3d_gn.detection.config import load_detection_config
 from i3d_gn.detection.evaluate import evaluate_coco, evaluate_model
 from i3d_gn.detection.train import LOSSES, DetectionTraining, train_coco
-from i3d_gn.engine.checkpoint import latest_checkpoint
+from i3d_gn.engine.checkpoint import CheckpointError, latest_checkpoint
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
+from i3d_gn.models.resnet2d import resnet_tiny
 from tests.runs import interrupted_before, log_without_timing, newest_checkpoint
 
 CPU = torch.device("cpu")
@@ -118,13 +119,11 @@ def test_data_that_do_not_fit_are_one_line_errors(small, tmp_path, shapes):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="have different categories"):
         DetectionTraining(small(f"data.val_annotations={path}"), PROCESS)
-    with pytest.raises(ConfigError, match="has no checkpoint; train first"):
+    with pytest.raises(CheckpointError, match="no checkpoint under .*; train first"):
         evaluate_coco(small(), PROCESS, None)
 
 
 def test_backbone_weights_are_loaded(small, tmp_path):
-    from i3d_gn.models.resnet2d import resnet_tiny
-
     weights = resnet_tiny("gn").state_dict()
     path = tmp_path / "tiny.pth"
     torch.save(weights, path)
