@@ -6,9 +6,9 @@ All run normalization and ReLU on the same channels_last_3d tensor, unless the n
 `share of copy` is the bandwidth relative to a device copy of the same tensor, counting the bytes
 that must be moved (forward: read x, write y; backward: read x and the gradient, write the
 gradient). 1.0 is an upper bound as long as the tensor exceeds the cache. Times are medians of
-interleaved repeats, on CUDA of ten calls each, all launched before the first one runs. Inputs
-rotate, so that they are not in the cache. `host` is the time to launch a call; a layer whose
-kernels are faster is bound by it, unless launched by a CUDA graph.
+interleaved repeats, on CUDA of ten calls each, launched as one CUDA graph. Inputs rotate, so that
+they are not in the cache. `host` is the time to launch a call without a graph; a layer whose
+kernels are faster is then bound by it.
 
 The group norms of Liger-Kernel and Apex are included if installed. torch's own row is that of the
 installed version, which the results name. torchnorm is no peer: group norm of 0.1.2 calls torch's.
@@ -142,7 +142,7 @@ def main() -> None:
             target = torch.empty_like(inputs["channels_last"][0]).detach_()
             rotating = cycle(inputs["channels_last"])
             candidates = dict(peers(channels, args.device))
-            repeats = (10 if args.quick else 30) if cuda else 3
+            repeats = (10 if args.quick else 20) if cuda else 3
             for backward, num_passes in ((False, 2), (True, 5)):
                 runs = {"copy": lambda r=rotating, t=target: t.copy_(next(r).detach())}
                 runs |= forward_runs(candidates, inputs, backward=backward)
@@ -152,9 +152,9 @@ def main() -> None:
                     repeats=repeats,
                     warm_up=3 if cuda else 1,
                     calls=10 if cuda else 1,
-                    queued=True,
+                    as_graphs=True,
                 )
-                launches = median_launch_seconds(runs, repeats=5, calls=10) if cuda else {}
+                launches = median_launch_seconds(runs, repeats=3, calls=10) if cuda else {}
                 copy_rate = 2 * num_bytes / medians.pop("copy")
                 for name, seconds in medians.items():
                     rate = num_passes * num_bytes / seconds
@@ -172,6 +172,8 @@ def main() -> None:
                         }
                     )
             del inputs, target, candidates, runs, rotating
+            if cuda:
+                torch.cuda.empty_cache()
             table = _report(rows, args)
     print(table)
 

@@ -4,7 +4,8 @@
 
 A step is what training does with a micro-batch: copy uint8 clips to the device, normalize, forward
 and backward in bfloat16, SGD. Ours is compared with the same network built by pytorchvideo's
-`create_resnet`, with batch norm and with `torch.nn.GroupNorm`. Times are medians of interleaved
+`create_resnet`, with batch norm and with `torch.nn.GroupNorm`, all with and without CUDA graphs
+(`train.cuda_graphs`) on a GPU. Times are medians of interleaved
 repeats, on a CPU of CPU time, which other processes hardly affect. Peak memory (CUDA only) is that
 of training one network, parameters and optimizer included.
 
@@ -27,15 +28,16 @@ from report import markdown_table
 from torch import nn
 
 from i3d_gn.data.to_device import ToDevice
+from i3d_gn.engine.cuda_graphs import launch_as_graphs
 from i3d_gn.engine.optim import build_optimizer, set_lr
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.models import i3d_resnet50
 
 # Name: frames, height and width, clips.
 CUDA_CASES = {
-    "32x2, 4 clips": (32, 224, 4),
     "32x2, 8 clips": (32, 224, 8),
     "64x1, 4 clips": (64, 224, 4),
+    "32x2, 32 clips": (32, 224, 32),
 }
 CPU_CASES = {"16 frames of 112², 4 clips": (16, 112, 4)}
 
@@ -90,9 +92,9 @@ def train_step(
     *,
     device: str,
     channels_last: bool,
-    compiled: bool,
+    launch: str,
 ) -> Callable[[], None]:
-    """A function that runs one training step."""
+    """A function that runs one training step; `launch` is "", "CUDA graphs" or "compiled"."""
     torch.manual_seed(0)
     model = make().to(device).train()
     if channels_last:
@@ -106,8 +108,10 @@ def train_step(
     labels = torch.arange(num_clips)
     if device == "cuda":
         clips, labels = clips.pin_memory(), labels.pin_memory()
-    if compiled:
+    if launch == "compiled":
         model.compile()
+    if launch == "CUDA graphs":
+        launch_as_graphs(model)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -147,22 +151,24 @@ def main() -> None:
             if not cuda and "recompute" in name:  # takes effect on CUDA only
                 continue
             for channels_last in (True,) if cuda else (True, False):
-                for compiled in (False, True) if args.compile else (False,):
-                    key = name + (", compiled" if compiled else "")
+                launches = ["", "CUDA graphs"] if cuda else [""]
+                for launch in [*launches, "compiled"] if args.compile else launches:
+                    key = f"{name}, {launch}" if launch else name
                     key += "" if channels_last else ", contiguous"
                     before = torch.cuda.memory_allocated() if cuda else 0
                     step = train_step(
                         make, num_frames, size, num_clips,
-                        device=args.device, channels_last=channels_last, compiled=compiled,
+                        device=args.device, channels_last=channels_last, launch=launch,
                     )  # fmt: skip
-                    step()
+                    if launch != "CUDA graphs":  # their memory is allocated in the first step
+                        step()
                     if cuda:
                         torch.cuda.reset_peak_memory_stats()
                         step()
                         peaks[key] = torch.cuda.max_memory_allocated() - before
                         torch.cuda.empty_cache()
                     steps[key], layouts[key] = step, channels_last
-        repeats = (5 if args.quick else 10) if cuda else (3 if args.quick else 5)
+        repeats = (5 if args.quick else 8) if cuda else (3 if args.quick else 5)
         for name, seconds in median_seconds(
             steps, device=args.device, repeats=repeats, warm_up=1
         ).items():
@@ -177,6 +183,8 @@ def main() -> None:
                 }
             )
         del steps
+        if cuda:
+            torch.cuda.empty_cache()
         table = _report(rows, args)
     print(table)
 

@@ -21,7 +21,7 @@ def median_seconds(
     repeats: int,
     warm_up: int,
     calls: int = 1,
-    queued: bool = False,
+    as_graphs: bool = False,
 ) -> dict[str, float]:
     """Median time of a call of each candidate.
 
@@ -35,18 +35,20 @@ def median_seconds(
         repeats: measured rounds over all candidates.
         warm_up: rounds before these, not measured.
         calls: calls per candidate and round; the time is their mean.
-        queued: make the GPU wait until all calls are launched, so that the time is that of the
-            kernels even if launching them takes longer.
+        as_graphs: on CUDA, launch the calls of a round as one CUDA graph, so that the time is that
+            of the kernels even if launching them one by one takes longer.
     """
+    if as_graphs and device == "cuda":
+        candidates = {name: _as_graph(run, calls) for name, run in candidates.items()}
+        graph_calls, calls = calls, 1
+    else:
+        graph_calls = 1
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(warm_up + repeats):
         for name, run in candidates.items():
-            if device == "cuda":
-                duration = _seconds_cuda(run, calls, queued)
-            else:
-                duration = _seconds_cpu(run, calls)
+            duration = (_seconds_cuda if device == "cuda" else _seconds_cpu)(run, calls)
             if repeat >= warm_up:
-                seconds[name].append(duration / calls)
+                seconds[name].append(duration / calls / graph_calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -92,11 +94,25 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def _seconds_cuda(run: Callable[[], object], calls: int, queued: bool) -> float:
+def _as_graph(run: Callable[[], object], calls: int) -> Callable[[], object]:
+    """A function that runs `calls` calls by one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and allocates what is allocated once
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph.replay
+
+
+def _seconds_cuda(run: Callable[[], object], calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    if queued:
-        torch.cuda._sleep(_CYCLES_TO_LAUNCH * calls)
     start.record()
     for _ in range(calls):
         run()

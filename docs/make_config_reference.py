@@ -51,8 +51,16 @@ def comments(section: type) -> dict[str, str]:
                 beside = by_line.get(node.end_lineno or 0, "")
                 above = by_line.get(node.lineno - 1, "")
                 alone = source.splitlines()[node.lineno - 2].lstrip().startswith("#")
-                found[node.target.id] = beside or (above if alone else "")
+                own = beside or (above if alone else "")
+                found[node.target.id] = own or found.get(node.target.id, "")  # of another default
     return found
+
+
+def own_first(section: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, those that it inherits last."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    names = (name for base in section.__mro__ for name in inspect.get_annotations(base))
+    return [fields[name] for name in dict.fromkeys(names) if name in fields]
 
 
 def annotations(section: type) -> dict[str, str]:
@@ -98,7 +106,7 @@ def table(prefix: str, section: type) -> str:
     """The keys of a section as a Markdown table."""
     described, typed = comments(section), annotations(section)
     lines = ["| key | value | default | |", "|---|---|---|---|"]
-    for field in dataclasses.fields(section):
+    for field in own_first(section):
         if field.default is dataclasses.MISSING:
             continue  # a section
         mark = " †" if "machine" in field.metadata else ""

@@ -22,13 +22,11 @@ from torchvision.transforms.v2 import functional as F
 
 from i3d_gn.data.batches import Sample, Stream
 from i3d_gn.data.images import ImageReadError, read_image, seed_of
+from i3d_gn.detection.config import METRICS, STATISTICS
 
 logger = logging.getLogger(__name__)
 
 _MIN_SIDE = 0.1  # pixels of a box within its image
-# What `COCOeval.stats` holds, in percent here; -1 where there are no such objects.
-_STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-_IOU_TYPES: dict[str, Any] = {"box": "bbox", "mask": "segm"}  # names of COCOeval
 
 
 class DetectionBatch(NamedTuple):
@@ -258,17 +256,17 @@ def coco_records(
 
 
 def average_precision(images: CocoImages, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`box_ap`, `box_ap50`, ..., `mask_ap`, ... in percent, computed by pycocotools.
+    """`METRICS` in percent, computed by pycocotools.
 
     `ap` averages over IoU 0.5 to 0.95; a size without objects has -1.
     """
     from pycocotools.cocoeval import COCOeval  # noqa: PLC0415 (an optional dependency)
 
+    if not records:
+        return dict.fromkeys(METRICS, 0.0)
     values: dict[str, float] = {}
-    for kind, iou_type in _IOU_TYPES.items():
-        if not records:
-            values |= {f"{kind}_{name}": 0.0 for name in _STATS}
-            continue
+    iou_types: dict[str, Any] = {"box": "bbox", "mask": "segm"}
+    for kind, iou_type in iou_types.items():
         # With a box, pycocotools takes its area for that of the mask.
         dropped = "bbox" if kind == "mask" else "segmentation"
         results = [{k: v for k, v in record.items() if k != dropped} for record in records]
@@ -277,7 +275,7 @@ def average_precision(images: CocoImages, records: Sequence[Mapping[str, Any]]) 
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        for name, value in zip(_STATS, evaluation.stats, strict=False):
+        for name, value in zip(STATISTICS, evaluation.stats, strict=False):
             values[f"{kind}_{name}"] = float(value) * (100 if value >= 0 else 1)
     return values
 

@@ -6,8 +6,18 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.engine.recipe import Recipe, check_optimizer_values
-from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, machine_key
+from i3d_gn.engine.recipe import Recipe, check_recipe
+from i3d_gn.engine.typed_config import (
+    ConfigError,
+    added_key,
+    check_numbers,
+    load_typed,
+    machine_key,
+)
+
+# Average precision as `COCOeval.summarize` averages it, see `average_precision`.
+STATISTICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+METRICS = tuple(f"{kind}_{name}" for kind in ("box", "mask") for name in STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,15 @@ class DetectionTrainConfig(Recipe):
     """The recipe."""
 
     steps: int = 180_000  # optimizer steps of the whole run
-    global_batch_size: int = 16  # images per optimizer step, over all ranks
+    global_batch_size: int = 16
     images_per_gpu: int = 2  # per forward pass: the batch of BN's statistics
-    lr: float = 0.02  # at a global batch of lr_batch_size; scaled linearly from there
-    lr_batch_size: int = 16  # see lr
-    milestones: tuple[int, ...] = (120_000, 160_000)  # steps after which lr is multiplied by 0.1
-    warmup_steps: int = 500  # lr rises linearly over so many steps
-    warmup_from: float = 1 / 3  # fraction of lr at which the warm-up starts
-    nesterov: bool = False  # Nesterov momentum
+    lr: float = 0.02
+    lr_batch_size: int = 16
+    milestones: tuple[int, ...] = (120_000, 160_000)
+    warmup_steps: int = 500
+    warmup_from: float = 1 / 3
+    nesterov: bool = False
+    best_metric: str | None = added_key(None)  # keep best.pt by it, e.g. val/box_ap
     regions_per_image: int = 512  # proposals per image that the heads are trained on
 
 
@@ -98,19 +109,16 @@ def _check_values(config: DetectionConfig, path: Path) -> None:
             "model.anchor_sizes",
             "data.min_size",
             "train.steps",
-            "train.global_batch_size",
-            "train.images_per_gpu",
             "train.regions_per_image",
-            "train.log_every",
-            "train.validate_every",
-            "train.checkpoint_every",
-            "train.keep_checkpoints",
-            "train.patience",
         ),
-        positive=("train.rank_timeout_minutes",),
-        not_negative=("seed", "data.num_workers", "model.num_frozen", "train.warmup_steps"),
+        not_negative=("seed", "data.num_workers", "model.num_frozen"),
     )
-    check_optimizer_values(train, f"{path}: train.")
+    check_recipe(
+        train,
+        f"{path}: train.",
+        per_gpu="images_per_gpu",
+        metrics=[f"val/{name}" for name in METRICS],
+    )
     if config.data.max_size < config.data.min_size:
         raise ConfigError(
             f"{path}: data.max_size {config.data.max_size} is smaller than data.min_size "

@@ -17,7 +17,7 @@ from i3d_gn.detection.coco import (
     average_precision,
     coco_records,
 )
-from i3d_gn.detection.config import DetectionConfig
+from i3d_gn.detection.config import METRICS, DetectionConfig
 from i3d_gn.engine.checkpoint import given_or_latest
 from i3d_gn.engine.cores import limit_compute_threads
 from i3d_gn.engine.distributed import Process, broadcast_from_main, gather_on_main
@@ -79,11 +79,10 @@ def evaluate_model(
     gathered = gather_on_main(mine, process)
     records = sorted((r for part in gathered for r in part), key=lambda r: r["image_id"])
     values = average_precision(images, records) if process.is_main else {}
-    names = sorted(average_precision(images, ()))
-    numbers = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
+    numbers = torch.tensor([values.get(name, 0.0) for name in METRICS], dtype=torch.float64)
     numbers = numbers.to(process.device)
     broadcast_from_main([numbers])
-    return dict(zip(names, numbers.tolist(), strict=True)), records
+    return dict(zip(METRICS, numbers.tolist(), strict=True)), records
 
 
 def images_of(batch: DetectionBatch, device: torch.device) -> list[Tensor]:

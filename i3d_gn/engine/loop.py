@@ -38,6 +38,7 @@ from i3d_gn.engine.checkpoint import (
 )
 from i3d_gn.engine.clock import Clock, duration
 from i3d_gn.engine.command import NonFiniteLossError
+from i3d_gn.engine.cuda_graphs import can_capture, launch_as_graphs
 from i3d_gn.engine.distributed import RankError, StopVote, is_about_ranks, names_that_differ
 from i3d_gn.engine.environment import environment, memory_gib
 from i3d_gn.engine.optim import build_optimizer, learning_rate, load_optimizer_state, set_lr
@@ -119,6 +120,9 @@ class TrainingLoop:
             logger.info("resuming after step %d from %s", self.first_step, path)
         if recipe.compile:
             self.model.compile()
+        graphs = self._uses_cuda_graphs()
+        if graphs:
+            launch_as_graphs(self.model)
         self.trainer = Trainer(
             DistributedDataParallel(self.model) if self.process.world_size > 1 else self.model,
             self.optimizer,
@@ -128,6 +132,7 @@ class TrainingLoop:
             seed=seed,
             clip_grad_norm=recipe.clip_grad_norm,
             loss_scaling=recipe.precision == "fp16",
+            gradients_are_overwritten=graphs,
         )
         if saved is not None:
             self.trainer.load_state(saved["trainer"])
@@ -241,6 +246,16 @@ class TrainingLoop:
             raise KeyboardInterrupt
         name = number.name if number is not None else "a signal to another rank"
         raise Stopped(f"stopped by {name} after step {done}, with a checkpoint")
+
+    def _uses_cuda_graphs(self) -> bool:
+        recipe = self.recipe
+        return (
+            recipe.cuda_graphs
+            and not recipe.compile
+            and not recipe.log_activations  # a graph calls no hooks
+            and self.task.fixed_shapes
+            and can_capture(self.model)
+        )
 
     def _check_ranks(self) -> None:
         values = {

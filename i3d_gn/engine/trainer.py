@@ -27,6 +27,8 @@ class Trainer:
         seed: Of dropout, together with step and micro-batch.
         clip_grad_norm: Maximum norm of the gradient, or None.
         loss_scaling: Scale the loss, as fp16 needs.
+        gradients_are_overwritten: A backward overwrites the gradients of the one before, as those
+            of `launch_as_graphs` do.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Trainer:
         seed: int,
         clip_grad_norm: float | None = None,
         loss_scaling: bool = False,
+        gradients_are_overwritten: bool = False,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -49,6 +52,7 @@ class Trainer:
         self.seed = seed
         self.clip_grad_norm = clip_grad_norm
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=loss_scaling)
+        self.gradients_are_overwritten = gradients_are_overwritten
         self.measure_gradient = False  # put the norm before clipping into `gradient_norm`
         self.gradient_norm: Tensor | None = None
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=process.device)
@@ -70,6 +74,9 @@ class Trainer:
             with self._gradient_sync(last=i == self.micro_batches - 1):
                 loss = self.loss(self.network, batch)
                 self.scaler.scale(loss / self.micro_batches).backward()
+            if self.gradients_are_overwritten and i == 0 and self.micro_batches > 1:
+                for parameter in self.network.parameters():
+                    parameter.grad = None if parameter.grad is None else parameter.grad.clone()
             bad = (self._first_bad_step < 0) & ~torch.isfinite(loss.detach())
             self._first_bad_step = torch.where(bad, step, self._first_bad_step)
             broken += batch.broken

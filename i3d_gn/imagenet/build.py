@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from i3d_gn.data.images import LabeledImages
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
-from i3d_gn.engine.recipe import Recipe
+from i3d_gn.engine.recipe import Recipe, SharedRecipe
 from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.imagenet.config import ImagenetConfig, default_num_groups
 from i3d_gn.models.resnet2d import RESNETS
@@ -79,24 +80,14 @@ def describe_images(images: LabeledImages, root: str) -> str:
 def recipe(config: ImagenetConfig, steps_per_epoch: int) -> Recipe:
     """The recipe of the config, its epochs counted in optimizer steps."""
     train = config.train
+    shared = {field.name: getattr(train, field.name) for field in fields(SharedRecipe)}
+    shared["milestones"] = tuple(epoch * steps_per_epoch for epoch in train.milestones)
     return Recipe(
         steps=train.epochs * steps_per_epoch,
         global_batch_size=train.global_batch_size,
-        lr=train.lr,
-        lr_batch_size=train.lr_batch_size,
-        milestones=tuple(epoch * steps_per_epoch for epoch in train.milestones),
-        momentum=train.momentum,
-        nesterov=train.nesterov,
-        weight_decay=train.weight_decay,
-        norm_weight_decay=train.norm_weight_decay,
-        precision=train.precision,
-        compile=train.compile,
-        log_every=train.log_every,
-        log_activations=train.log_activations,
         validate_every=steps_per_epoch,
         checkpoint_every=train.checkpoint_every_epochs * steps_per_epoch,
-        keep_checkpoints=train.keep_checkpoints,
-        rank_timeout_minutes=train.rank_timeout_minutes,
+        **shared,
     )
 
 

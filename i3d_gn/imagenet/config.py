@@ -6,7 +6,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.engine.recipe import check_optimizer_values
+from i3d_gn.engine.recipe import SharedRecipe, check_shared_recipe
 from i3d_gn.engine.typed_config import ConfigError, check_numbers, load_typed, machine_key
 
 
@@ -41,28 +41,21 @@ class ImageDataConfig:
 
 
 @dataclass(frozen=True)
-class ImageTrainConfig:
+class ImageTrainConfig(SharedRecipe):
     """The recipe, in epochs."""
 
     epochs: int = 100  # passes over the training images
     images_per_gpu: int = 32  # the batch of BN's statistics
     num_gpus: int = 8  # of the experiment, on any number of GPUs; global batch = product
     images_per_forward: int | None = None  # per rank at once; None: all of its share of a step
-    lr: float = 0.1  # at a batch of lr_batch_size; scaled linearly from there
-    lr_batch_size: int = 256  # see lr
+    lr: float = 0.1
+    lr_batch_size: int = 256
     milestones: tuple[int, ...] = (30, 60, 90)  # epochs after which lr is multiplied by 0.1
-    momentum: float = 0.9  # of SGD
-    nesterov: bool = True  # Nesterov momentum
-    weight_decay: float = 1e-4  # of all parameters but gamma and beta
-    norm_weight_decay: float = 1e-4  # of gamma and beta
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's arithmetic
+    norm_weight_decay: float = 1e-4
     channels_last: bool = True  # memory format of images and weights
-    compile: bool = False  # use torch.compile
-    log_every: int = machine_key(100)  # steps from one log line to the next
-    log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
+    log_every: int = machine_key(100)
     checkpoint_every_epochs: int = machine_key(1)  # epochs from one checkpoint to the next
-    keep_checkpoints: int = machine_key(2)  # the newest that are kept
-    rank_timeout_minutes: float = machine_key(10.0)  # how long ranks wait for one another
+    keep_checkpoints: int = machine_key(2)
 
     @property
     def global_batch_size(self) -> int:
@@ -120,14 +113,12 @@ def _check_values(config: ImagenetConfig, path: Path) -> None:
             "train.images_per_gpu",
             "train.num_gpus",
             "train.images_per_forward",
-            "train.log_every",
             "train.checkpoint_every_epochs",
-            "train.keep_checkpoints",
         ),
-        positive=("data.std", "train.rank_timeout_minutes"),
+        positive=("data.std",),
         not_negative=("seed", "model.d_max", "data.num_workers", "data.mean"),
     )
-    check_optimizer_values(config.train, f"{path}: train.")
+    check_shared_recipe(config.train, f"{path}: train.")
     if not 0 < data.area_min <= 1:
         raise ConfigError(f"{path}: data.area_min is {data.area_min}; it must lie in (0, 1]")
     if data.val_short_side < data.crop_size:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a program's tile (16 for each of 256 threads), the largest number of channels in it
-# (rows of 256 bytes in bf16), and programs per multiprocessor (a few waves).
-_TILE_ELEMENTS = 4096
+# Elements of a program's tile (16 for each of 128 threads), the largest number of channels in it
+# (rows of 256 bytes in bf16), and programs per multiprocessor. Measured on an H200 over the layers
+# of I3D ResNet-50 (benchmarks/results/gpu.md).
+_TILE_ELEMENTS = 2048
 _TILE_CHANNELS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 8
-_NUM_WARPS = 8
+_NUM_WARPS = 4
 _COMBINE_BLOCK = 256
 
 # For sums over chunks: few channels per program, so that there are enough programs.
@@ -92,16 +93,22 @@ def _target_programs(device: torch.device) -> int:
     return 8  # Triton's interpreter: few, so that tests cover chunks of several tiles
 
 
-def _kernels() -> ModuleType:
-    # Not at import: CPU builds of torch come without Triton.
-    from i3d_gn.norm import triton_kernels  # noqa: PLC0415
+# Not at import: CPU builds of torch come without Triton.
+def _forward_kernels() -> ModuleType:
+    from i3d_gn.norm import triton_forward  # noqa: PLC0415
 
-    return triton_kernels
+    return triton_forward
+
+
+def _backward_kernels() -> ModuleType:
+    from i3d_gn.norm import triton_backward  # noqa: PLC0415
+
+    return triton_backward
 
 
 def compute_statistics(x: Tensor, num_groups: int, eps: float) -> Tensor:
     """Mean and 1 / sqrt(var + eps), (2, N, G) in float32; see `_forward`."""
-    kernels, tiling = _kernels(), _tiling(x)
+    kernels, tiling = _forward_kernels(), _tiling(x)
     group_size = tiling.num_channels // num_groups
     partial_mean, partial_m2 = _per_chunk_and_channel(x, tiling)
     statistics = x.new_empty((2, tiling.num_samples, num_groups), dtype=torch.float32)
@@ -149,7 +156,7 @@ def normalize(
     mean, rstd = statistics.unbind()
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _kernels().normalize[(tiling.num_programs,)](
+        _forward_kernels().normalize[(tiling.num_programs,)](
             x,
             x if residual is None else residual,
             y,
@@ -188,7 +195,7 @@ def gradient_averages(
         float32, where grad is the gradient of the activation's input; the gradients for residual,
         weight and bias.
     """
-    kernels, tiling = _kernels(), _tiling(x)
+    kernels, tiling = _backward_kernels(), _tiling(x)
     group_size = tiling.num_channels // num_groups
     has_residual = y is not None
     grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
@@ -259,7 +266,7 @@ def input_gradient(
     tiling = _tiling(x)
     grad_x = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _kernels().input_gradient[(tiling.num_programs,)](
+        _backward_kernels().input_gradient[(tiling.num_programs,)](
             grad,
             x,
             grad_x,

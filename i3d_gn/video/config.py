@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from i3d_gn.engine.recipe import Recipe, check_optimizer_values
+from i3d_gn.engine.recipe import Recipe, check_recipe
 from i3d_gn.engine.typed_config import (
     ConfigError,
     added_key,
@@ -257,14 +257,7 @@ def _check_values(config: Config, path: Path) -> None:
             "model.channels_per_group",
             "clip.num_frames",
             "clip.crop_size",
-            "train.global_batch_size",
-            "train.clips_per_gpu",
-            "train.log_every",
-            "train.validate_every",
-            "train.checkpoint_every",
-            "train.keep_checkpoints",
             "train.precise_bn_iterations",
-            "train.patience",
             "test.num_clips",
             "test.short_side",
             "test.clips_per_forward",
@@ -272,8 +265,6 @@ def _check_values(config: Config, path: Path) -> None:
         positive=(
             "train.epochs",
             "train.validate_every_epochs",
-            "train.clip_grad_norm",
-            "train.rank_timeout_minutes",
             "data.timeout_seconds",
             "data.std",
         ),
@@ -281,8 +272,6 @@ def _check_values(config: Config, path: Path) -> None:
             "seed",
             "model.num_classes",
             "clip.stride",
-            "train.steps",
-            "train.warmup_steps",
             "train.lr_multipliers",
             "train.mixup",
             "train.cutmix",
@@ -298,9 +287,8 @@ def _check_values(config: Config, path: Path) -> None:
             "data.max_broken_share",
         ),
     )
-    check_optimizer_values(config.train, f"{path}: train.")
+    _check_train(config.train, f"{path}: train.")
     _check_lr_multipliers(config.train.lr_multipliers, f"{path}: train.lr_multipliers")
-    _check_best_metric(config.train, f"{path}: train.")
     if (config.train.mixup or config.train.cutmix) and config.train.clips_per_gpu == 1:
         raise ConfigError(
             f"{path}: train.mixup and train.cutmix mix the clips of a GPU, but train.clips_per_gpu "
@@ -326,29 +314,15 @@ def _check_values(config: Config, path: Path) -> None:
     for key, value in {"data.mean": config.data.mean, "data.std": config.data.std}.items():
         if value is not None and len(value) != 3:
             raise ConfigError(f"{path}: {key} is {list(value)}; expected three numbers")
-    if config.train.global_batch_size % config.train.clips_per_gpu:
-        raise ConfigError(
-            f"{path}: train.global_batch_size {config.train.global_batch_size} is not a multiple "
-            f"of train.clips_per_gpu {config.train.clips_per_gpu}"
-        )
-    if config.train.schedule == "cosine" and config.train.milestones:
-        raise ConfigError(
-            f"{path}: train.milestones have no effect with train.schedule=cosine; remove them"
-        )
 
 
-def _check_best_metric(train: TrainConfig, where: str) -> None:
-    if train.patience is not None and train.best_metric is None:
-        raise ConfigError(f"{where}patience needs {where}best_metric, e.g. val/top1")
-    known = ["val/top1", "val/top5", "val/loss"]
+def _check_train(train: TrainConfig, where: str) -> None:
+    known, hint = ["val/top1", "val/top5", "val/loss"], ""
     if train.validate_multi_clip:
         known += ["test/top1", "test/top5", "test/mean_class_accuracy"]
-    if train.best_metric not in (None, *known):
-        hint = "" if train.validate_multi_clip else ", and with validate_multi_clip those of test/"
-        raise ConfigError(
-            f"{where}best_metric is {train.best_metric!r}; it must be one of {', '.join(known)}"
-            f"{hint}"
-        )
+    else:
+        hint = ", and with validate_multi_clip those of test/"
+    check_recipe(train, where, per_gpu="clips_per_gpu", metrics=known, hint=hint)
 
 
 def _check_lr_multipliers(multipliers: tuple[float, ...], where: str) -> None:

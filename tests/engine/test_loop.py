@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from i3d_gn.data.batches import Batch
+from i3d_gn.engine import loop
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.command import NonFiniteLossError
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.loop import TrainingLoop
-from i3d_gn.engine.recipe import Recipe, check_optimizer_values
+from i3d_gn.engine.recipe import Recipe, check_shared_recipe
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.stop_signals import Stopped
 from i3d_gn.engine.task import Task
@@ -359,7 +360,7 @@ def test_logging_activations_changes_no_result(tmp_path):
 
 def test_layers_of_a_compiled_network_are_refused():
     with pytest.raises(ConfigError, match=r"train\.log_activations .*train\.compile=false"):
-        check_optimizer_values(recipe(log_activations=("linear",), compile=True), "train.")
+        check_shared_recipe(recipe(log_activations=("linear",), compile=True), "train.")
 
 
 def test_environment_names_versions_and_device(tmp_path):
@@ -368,3 +369,28 @@ def test_environment_names_versions_and_device(tmp_path):
     assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["ranks"] == 1
     assert "cores" in found["device"]
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "fixed_shapes", "expected"),
+    [
+        ({}, True, True, True),
+        ({}, False, True, False),
+        ({}, True, False, False),
+        ({"cuda_graphs": False}, True, True, False),
+        ({"compile": True}, True, True, False),
+        ({"log_activations": ("linear",)}, True, True, False),
+    ],
+)
+def test_training_is_launched_as_cuda_graphs(
+    tmp_path, monkeypatch, options, on_gpu, fixed_shapes, expected
+):
+    launched = []
+    monkeypatch.setattr(loop, "can_capture", lambda model: on_gpu)
+    monkeypatch.setattr(loop, "launch_as_graphs", launched.append)
+    recipe = Recipe(steps=1, global_batch_size=4, **options)
+    task = ToyTask(recipe)
+    task.fixed_shapes = fixed_shapes
+    training = TrainingLoop(task, recipe, config=ToyConfig(recipe), seed=0, output_dir=tmp_path)
+    assert launched == ([training.model] if expected else [])
+    assert training.trainer.gradients_are_overwritten == expected

@@ -164,6 +164,7 @@ KEYS = {
     "train.compile": (
         ["train.compile=true"], lambda b: b.model._compiled_call_impl is not None, True
     ),
+    "train.cuda_graphs": (["train.cuda_graphs=false"], lambda b: b.recipe.cuda_graphs, False),
     "train.log_every": (["train.log_every=7"], lambda b: b.recipe.log_every, 7),
     "train.log_activations": (
         ["train.log_activations=[conv1]"], lambda b: b.activations.layers, ("conv1",)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i3d_gn.models.conv3d import Conv3d, convolve3d
+from i3d_gn.models.conv3d import Conv3d, convolve3d, convolve_phases
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
@@ -79,3 +79,37 @@ def test_autocast_equals_bf16_and_fp32_equals_torch():
     assert torch.equal(y, copy.deepcopy(conv).bfloat16()(x.bfloat16()))
     assert torch.equal(conv(x), F.conv3d(x, conv.weight, None, 1, (1, 0, 0)))
     assert conv(x[:0]).shape == conv.bfloat16()(x[:0].bfloat16()).shape == (0, 16, 3, 4, 5)
+
+
+@pytest.mark.parametrize("kernel", [(5, 7, 7), (1, 7, 7), (2, 3, 1)])
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (3, 2, 1)])
+@pytest.mark.parametrize("padding", [(2, 3, 3), (0, 0, 0), (1, 1, 0)])
+@pytest.mark.parametrize("size", [(9, 20, 18), (8, 15, 17)])
+def test_convolution_of_phases_is_the_strided_convolution(kernel, stride, padding, size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, *kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64)
+    expected = F.conv3d(x, weight, bias, stride, padding)
+    actual = convolve_phases(x, weight, stride, padding, bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, (x, weight), grad),
+        torch.autograd.grad(expected, (x, weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stem_on_a_gpu_equals_the_convolution_in_float64(layout):
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 16, 60, 58).contiguous(memory_format=LAYOUTS[layout])
+    weight = 0.1 * torch.randn(32, 3, 5, 7, 7)
+    expected = F.conv3d(x.double(), weight.double(), None, (2, 2, 2), (2, 3, 3)).float()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = convolve3d(x.cuda(), weight.cuda(), (2, 2, 2), (2, 3, 3))
+    assert y.dtype == torch.bfloat16
+    assert (y.float().cpu() - expected).norm() < 0.01 * expected.norm()

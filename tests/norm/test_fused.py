@@ -191,14 +191,14 @@ def test_equals_the_native_operator_for_any_strides(monkeypatch):
 
 def test_index_arithmetic_is_64_bit():
     """Rows are 2^29 elements apart, so that the last one is beyond 2^31; few pages are touched."""
-    from i3d_gn.norm import triton_kernels
+    from i3d_gn.norm import triton_forward
 
     row_stride = 2**29 + 8
     memory = torch.empty(5 * row_stride, dtype=torch.float16, device=DEVICE)
     x = memory.as_strided((5, 2), (row_stride, 1))
     x.copy_(torch.arange(10.0).view(5, 2) ** 2)
     mean, m2 = torch.empty(2, 1, 1, 2, device=DEVICE)
-    triton_kernels.partial_statistics[(1,)](
+    triton_forward.partial_statistics[(1,)](
         memory, mean, m2, 2, 5, 1, row_stride, 1, 1, BLOCK_S=8, BLOCK_C=2
     )
     torch.testing.assert_close(mean.view(2), x.float().mean(0))
@@ -206,7 +206,7 @@ def test_index_arithmetic_is_64_bit():
 
 
 def test_gradient_sums_over_more_chunks_than_a_block():
-    from i3d_gn.norm import triton_kernels
+    from i3d_gn.norm import triton_backward
 
     generator = torch.Generator().manual_seed(0)
     samples, chunks, channels, groups = 3, 100, 15, 5
@@ -214,7 +214,7 @@ def test_gradient_sums_over_more_chunks_than_a_block():
     weight = torch.rand(channels, generator=generator).to(DEVICE)
     averages = torch.empty(2, samples, groups, device=DEVICE)
     sums = torch.empty(2, channels, device=DEVICE)
-    triton_kernels.combine_gradient_sums[(samples * groups + 2,)](
+    triton_backward.combine_gradient_sums[(samples * groups + 2,)](
         *partial, weight, *averages, *sums, samples, channels, 700, groups, 3, chunks,
         BLOCK=64, SUM_BLOCK_E=128, SUM_BLOCK_C=8,
     )  # fmt: skip
@@ -471,13 +471,13 @@ COMPILE_FOR_HOPPER = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from i3d_gn.norm import triton_kernels
+from i3d_gn.norm import triton_backward, triton_forward
 
 LOW = {"x_ptr", "y_ptr", "residual_ptr", "grad_y_ptr", "grad_ptr", "grad_x_ptr",
        "grad_residual_ptr"}
 
 def compile(name, ones, **constants):
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_backward, name, None) or getattr(triton_forward, name)
     signature, values = {}, {}
     for argument in kernel.arg_names:
         if argument in constants or argument in ones:
@@ -488,13 +488,13 @@ def compile(name, ones, **constants):
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert "cubin" in compiled.asm
 
 # Triton compiles arguments equal to 1 as constants.
 for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num_chunks"},
              {"num_channels", "num_rows", "num_groups", "channel_stride"}):
-    compile("partial_statistics", ones, BLOCK_S=32, BLOCK_C=128)
+    compile("partial_statistics", ones, BLOCK_S=16, BLOCK_C=128)
     compile("combine_statistics", ones, BLOCK=256)
     for samples in (set(), {"num_samples"}):
         compile("combine_gradient_sums", ones | samples,
@@ -502,7 +502,7 @@ for ones in ({"channel_stride"}, {"row_stride", "iterations", "group_size", "num
     for fusion in ({}, {"RELU"}, {"SILU"}, {"RELU", "RESIDUAL"}):
         options = {name: name in fusion for name in ("RELU", "SILU", "RESIDUAL")}
         for name in ("normalize", "partial_gradient_sums", "input_gradient"):
-            compile(name, ones, **options, BLOCK_S=32, BLOCK_C=128)
+            compile(name, ones, **options, BLOCK_S=16, BLOCK_C=128)
 """
 
 

@@ -235,6 +235,7 @@ KEYS = {
     "train.compile": (
         ["train.compile=true"], lambda b: b.loop.model._compiled_call_impl is not None, True
     ),
+    "train.cuda_graphs": (["train.cuda_graphs=false"], lambda b: b.loop.recipe.cuda_graphs, False),
     "train.validate_multi_clip": (
         ["train.validate_multi_clip=true"], validation_kinds, ["val", "test"]
     ),

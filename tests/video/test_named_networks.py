@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import video as torchvision_video
 
+from i3d_gn.engine.cuda_graphs import launch_as_graphs
 from i3d_gn.engine.typed_config import ConfigError, load_typed, to_yaml
 from i3d_gn.models.pytorchvideo_networks import PytorchvideoName, SlowFast
 from i3d_gn.models.torchvision_video import TorchvisionName
@@ -219,3 +220,17 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
     assert model.net.fc.weight.shape == (5, 512)
     assert all(torch.equal(p, torch.ones_like(p)) for n, p in model.named_parameters()
                if n.endswith("layer2.0.conv1.1.weight"))  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_network_trains_as_cuda_graphs(name, tmp_path):
+    config = config_of(tmp_path, *small(name))
+    device = torch.device("cuda")
+    model = build.build_model(config, device).train()
+    launch_as_graphs(model)
+    clip = config.clip
+    shape = (2, 3, clip.num_frames, clip.crop_size, clip.crop_size)
+    for _ in range(2):
+        model(torch.randn(shape, device=device)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
