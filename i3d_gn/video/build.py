@@ -26,7 +26,7 @@ from i3d_gn.models.pytorchvideo_networks import PytorchvideoName, pytorchvideo_n
 from i3d_gn.models.torchvision_video import TorchvisionName, torchvision_network
 from i3d_gn.norm import GroupNorm, make_norm, normalize_kernels
 from i3d_gn.video.config import Config
-from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.index import RootNotFoundError, VideoIndex
 from i3d_gn.video_io.packed import host_of
 from i3d_gn.video_io.video_files import VideoFiles
 from i3d_gn.weights.read import IMAGENET_MEAN, IMAGENET_STD, Weights
@@ -177,10 +177,15 @@ def load_index(path: str, config: Config, *, labeled: bool = True) -> VideoIndex
     """Load an index and check that its labels fit the network.
 
     Raises:
-        ConfigError: It has another number of classes or, if `labeled`, videos without a label, or
-            it names a host that the config does not.
+        ConfigError: It has another number of classes or, if `labeled`, videos without a label, its
+            folder does not exist, or it names a host that the config does not.
     """
-    index = VideoIndex.load(path, config.data.root, allowed_hosts=config.data.allowed_hosts)
+    try:
+        index = VideoIndex.load(path, config.data.root, allowed_hosts=config.data.allowed_hosts)
+    except RootNotFoundError as error:
+        raise ConfigError(
+            f"{error.problem}; set data.root to the folder where they are, or index them again"
+        ) from error
     if root := index.refused_root:
         raise ConfigError(f"{path} says that its videos are at {root}; {_how_to_allow(root)}")
     if modified := index.modified():

@@ -43,6 +43,18 @@ from i3d_gn.video_io.packed import (
 _SAME_TIME_NS = 2 * 10**9
 
 
+class RootNotFoundError(ValueError):
+    """The folder of an index does not exist.
+
+    Attributes:
+        problem: The message without the remedy.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"{problem}; move them there, or index them again (in Python: pass root=)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoRecord:
     """One row of the index; `path` is relative to the root of the index, with `/` separators."""
@@ -219,9 +231,8 @@ class VideoIndex:
         if not (is_packed and is_url(root)):
             root = Path(os.path.normpath(path.parent / root)) if recorded else Path(root).absolute()
             if not root.is_dir():
-                raise ValueError(
-                    f"the videos of index {path} should be in {root}, which is not a folder; "
-                    "pass root=, or index the videos again"
+                raise RootNotFoundError(
+                    f"the videos of index {path} should be in {root}, which is not a folder"
                 )
 
         def numbers(name: str) -> np.ndarray:

@@ -21,6 +21,14 @@ time.sleep(60)
 """
 
 
+def test_folder_that_cannot_be_written_names_the_key(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"output_dir .*file/run cannot be written \(.*use another"
+    ):
+        DirLock(tmp_path / "file" / "run")
+
+
 def test_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
     """As loader workers do for some seconds after a `kill -9`."""
     process = subprocess.Popen(

@@ -10,6 +10,7 @@ from torch import nn
 
 from i3d_gn.data.batches import Batch, Sample, Stream
 from i3d_gn.engine.loop import TrainingLoop
+from i3d_gn.engine.typed_config import ConfigError
 from i3d_gn.models.blocks import Bottleneck
 from i3d_gn.video import build, evaluate
 from i3d_gn.video.config import Config
@@ -339,7 +340,9 @@ def test_root_of_the_videos_can_be_changed(small_run, motion_set, one_process, t
     )[[Sample(0, 0)]]
     assert isinstance(batch, Batch)
     assert batch.broken == ()
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(
+        ConfigError, match=r"be in .*nowhere, .*; set data.root to the folder where"
+    ):
         VideoTraining(small_run("data.root=nowhere"), one_process)
 
 

@@ -43,13 +43,32 @@ def test_results_record_settings_and_hashes(small_run, tmp_path):
     assert 0 < results["timing"]["data_wait_share"] < 1
 
 
-def test_different_tests_write_to_different_folders(small_run, tmp_path):
+def test_different_tests_write_to_different_folders(small_run, motion_set, tmp_path):
     train(small_run("train.steps=2"), PROCESS)
     for override in ("test.average=softmax", "test.average=logits", "test.average=logits"):
         evaluate(small_run("train.steps=2", override), None, PROCESS)
+    index = VideoIndex.load(motion_set.val_index)  # of the same videos, then of some
+    five = tmp_path / "val.parquet"
+    write_index(five, records_of(index)[:5], class_names=index.class_names, root=index.root)
+    evaluate(small_run("train.steps=2", f"data.val_index={five}"), None, PROCESS)
     found = sorted((tmp_path / "run").glob("test_*/results.json"))
-    averages = [json.loads(path.read_text())["average"] for path in found]
-    assert sorted(averages) == ["logits", "softmax"]
+    results = [json.loads(path.read_text()) for path in found]
+    assert sorted((r["average"], r["num_videos"]) for r in results) == [
+        ("logits", 6), ("softmax", 5), ("softmax", 6),
+    ]  # fmt: skip
+
+
+def test_damaged_newest_checkpoint_is_refused(small_run, tmp_path):
+    """Training falls back to the one before; a test would be of another network than said."""
+    config = small_run("train.steps=2", "train.checkpoint_every=1", "train.precise_bn_iterations=1")
+    train(config, PROCESS)
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match="step_00000002.pt"):
+        evaluate(config, None, PROCESS)
+    assert not list((tmp_path / "run").glob("test_*"))
 
 
 def records_of(index):

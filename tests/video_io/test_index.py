@@ -200,7 +200,7 @@ def test_class_names_that_are_not_a_list(names, index_path):
 def test_root_argument(index_path, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     assert VideoIndex.load(index_path, tmp_path / "elsewhere").root == tmp_path / "elsewhere"
-    with pytest.raises(ValueError, match=r"should be in .*nowhere.* not a folder; pass root="):
+    with pytest.raises(ValueError, match=r"should be in .*nowhere.* not a folder; move them"):
         VideoIndex.load(index_path, tmp_path / "nowhere")
 
 
