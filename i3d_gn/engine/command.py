@@ -1,7 +1,9 @@
 """What commands share: options, logging, exit status. No torch, so that help is quick."""
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,11 @@ def run_command(command: Callable[[], int]) -> int:
     full, permission denied), 75 stopped by SIGTERM, SIGUSR1 or SIGHUP, 130 stopped by Ctrl-C. All
     of these are one line on stderr.
     """
+    # A rank that waits for the others does so outside of Python, where no exception can be raised:
+    # it ends at once, unless training defers that.
+    is_rank = os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        with StopSignals():
+        with contextlib.nullcontext() if is_rank else StopSignals():
             return command()
     except NonFiniteLossError as error:
         print_line(f"error: {error}", file=sys.stderr)

@@ -79,3 +79,16 @@ def test_signal_stops_a_command_and_removes_its_unfinished_file(
         signal.signal(number, before)
     assert capsys.readouterr().err == f"{line}; run the same command again to resume\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("world_size", "ends_at_once"), [("1", False), ("2", True)])
+def test_rank_that_waits_for_others_ends_at_once(world_size, ends_at_once, monkeypatch):
+    """A handler in Python would run when the wait is over."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    handlers = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run_command(lambda: handlers.append(signal.getsignal(signal.SIGTERM)) or 0) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (handlers == [signal.SIG_DFL]) == ends_at_once
