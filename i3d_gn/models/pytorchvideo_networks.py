@@ -87,8 +87,8 @@ def _use_silu_of_torch(net: nn.Module) -> None:
 def _hub() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            # fvcore scripts functions on import, which current torch has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
+            # fvcore scripts functions on import, which torch has deprecated.
+            warnings.filterwarnings("ignore", message=r".torch\.jit\.")
             from pytorchvideo.models import hub  # noqa: PLC0415 slow import
     except ImportError as error:
         raise ValueError(

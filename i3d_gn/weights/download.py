@@ -74,8 +74,8 @@ def _torchvision_url(name: str) -> str:
 
 def _zoo_url(name: str) -> str:
     with warnings.catch_warnings():
-        # It scripts functions on import, which current torch has deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
+        # It scripts functions on import, which torch has deprecated.
+        warnings.filterwarnings("ignore", message=r".torch\.jit\.")
         from pytorchvideo.models.hub import (  # noqa: PLC0415 slow import
             csn,
             r2plus1d,

@@ -92,7 +92,7 @@ def test_published_torchvision_names_and_eps(theirs, tmp_path):
     exact.load_state_dict(old)
     for module in exact.modules():
         if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-            module.eps = 0.0
+            module.eps = 1e-30  # torch 2.11 rejects 0; in float32 the sum is the same
     exact.eval()
     network = ours()
     load_detector_weights(network, path)

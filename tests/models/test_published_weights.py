@@ -5,9 +5,6 @@ from torch import nn
 from i3d_gn.models import i3d_resnet50
 from i3d_gn.weights.read import read_weights
 
-# fvcore, which pytorchvideo imports, scripts a function on import.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
-
 
 def randomized(network):
     """Random parameters and statistics of batch norms that keep the logits of order 1."""

@@ -20,6 +20,8 @@ pytest.importorskip("triton")
 pytestmark = [
     # The interpreter computes with NumPy, which warns of infinities even in masked elements.
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    # That of Triton 3.6 (torch 2.11) fails with NumPy 2.4, and warns with earlier versions.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar"),
     # Triton 3.9 announces another default for fusing multiply and add; both are correct here.
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
@@ -250,8 +252,6 @@ def test_second_derivative_is_an_error():
         torch.autograd.grad(grad.sum(), x)
 
 
-# torch itself uses torch.jit.script for forward-mode derivatives.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 def test_function_transforms_use_the_native_operator():
     x, tangent, weight, bias, _ = (t.detach() for t in tensors((2, 4, 3), "contiguous", F32))
     derivative = torch.func.jvp(lambda t: group_norm(t, 2, weight, bias), (x,), (tangent,))[1]

@@ -1,10 +1,10 @@
 """Networks of torchvision and pytorchvideo by name: built, trained, tested, loaded."""
 
-import warnings
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from pytorchvideo.models import hub
 from torch import nn
 from torchvision.models import video as torchvision_video
 
@@ -16,11 +16,6 @@ from i3d_gn.norm import BatchRenorm, FrozenBatchNorm, GroupNorm
 from i3d_gn.video import build
 from i3d_gn.video.config import Config, ModelConfig, load_config
 from i3d_gn.video.named_networks import is_adapted
-
-with warnings.catch_warnings():
-    # fvcore, which pytorchvideo imports, uses a deprecated function of torch.
-    warnings.simplefilter("ignore", FutureWarning)
-    from pytorchvideo.models import hub
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 NAMES = (*get_args(TorchvisionName), *get_args(PytorchvideoName))

@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import threading
 import types
-import warnings
 
 import pytest
 import torch
@@ -85,9 +84,8 @@ def test_pytorchvideo_zoo_is_downloaded(published, monkeypatch):
     network = I3D(SHALLOW, norm="bn", stem="8x8", pool_padding=1)
     state = export_names(network.state_dict(), "pytorchvideo")
     torch.save({"model_state": state}, folder / "I3D_8x8_R50.pyth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from pytorchvideo.models.hub.resnet import checkpoint_paths
+    from pytorchvideo.models.hub.resnet import checkpoint_paths
+
     monkeypatch.setitem(checkpoint_paths, "i3d_r50", f"{url}/I3D_8x8_R50.pyth")
     weights = read_weights("pytorchvideo/i3d_r50")
     assert (weights.info.stem, weights.info.pool_padding, weights.info.mean) == (

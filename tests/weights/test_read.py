@@ -100,7 +100,6 @@ def test_tensor_names_of_torchvision(theirs, ours):
     assert shapes(export_names(ours, "i3d_gn")) == shapes(ours)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
 def test_tensor_names_of_pytorchvideo():
     from pytorchvideo.models.hub import i3d_r50
 
@@ -277,7 +276,6 @@ def test_mmaction2_pool1():
     assert (pool.kernel_size, pool.stride, pool.padding) == ((1, 3, 3), (2, 2, 2), (0, 1, 1))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
 def test_export_to_pytorchvideo(randomized, tmp_path):
     from pytorchvideo.models.hub import i3d_r50
 
