@@ -282,6 +282,35 @@ def _gradients_before_relu(
     return grad_x, grad_weight, grad_bias
 
 
+def _gradients_with_graph(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    eps: float,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """As `_gradients`, from differentiable operators: the statistics depend on x too."""
+    if y is not None:
+        grad_y = grad_y * (y > 0)
+    groups = x.to(weight.dtype).contiguous().view(len(x), num_groups, -1)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    normalized = (groups - mean) * rstd
+    by_channel = grad_y.to(weight.dtype).flatten(2).contiguous()
+    scaled = (by_channel * weight[:, None]).view_as(groups)
+    projection = (scaled * normalized).mean(2, keepdim=True)
+    grad_x = rstd * (scaled - scaled.mean(2, keepdim=True) - normalized * projection)
+    grad_weight = (by_channel * normalized.view_as(by_channel)).sum((0, 2))
+    return (
+        grad_x.view(x.shape).to(x.dtype).contiguous(memory_format=_layout(x)),
+        grad_y if has_residual else None,
+        grad_weight,
+        by_channel.sum((0, 2)),
+    )
+
+
 def _fake_forward(x, residual, num_groups, weight, bias, eps, relu):
     mean, rstd = (weight.new_empty(x.shape[0], num_groups) for _ in range(2))
     return torch.empty_like(x), mean, rstd
@@ -293,9 +322,9 @@ def _fake_gradients(grad_y, x, y, num_groups, weight, mean, rstd, has_residual):
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, residual, num_groups, weight, _, _, relu = inputs
+    x, residual, num_groups, weight, _, eps, relu = inputs
     y, mean, rstd = output
-    ctx.num_groups = num_groups
+    ctx.num_groups, ctx.eps = num_groups, eps
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(mean, rstd)
     saved = (x, weight, mean, rstd)
@@ -306,18 +335,18 @@ def _backward(ctx, grad_y, _grad_mean, _grad_rstd):
     x, weight, mean, rstd, *y = ctx.saved_tensors
     # An expanded gradient, as that of a sum, is not dense; copy it to the layout of x.
     grad_y = grad_y.to(x.dtype).contiguous(memory_format=_layout(x))
+    y = y[0] if y else None
+    if torch.is_grad_enabled():  # create_graph=True
+        grad_x, grad_residual, grad_weight, grad_bias = _gradients_with_graph(
+            grad_y, x, y, ctx.num_groups, weight, ctx.eps, ctx.has_residual
+        )
+        return grad_x, grad_residual, None, grad_weight, grad_bias, None, None
     grad_x, grad_residual, grad_weight, grad_bias = group_norm_channels_last_backward(
-        grad_y, x, y[0] if y else None, ctx.num_groups, weight, mean, rstd, ctx.has_residual
+        grad_y, x, y, ctx.num_groups, weight, mean, rstd, ctx.has_residual
     )
     if not ctx.has_residual:
         grad_residual = None
     return grad_x, grad_residual, None, grad_weight, grad_bias, None, None
-
-
-_NO_SECOND_DERIVATIVE = no_gradient(
-    "group norm of a channels_last CPU tensor does not support second derivatives; make the input "
-    ".contiguous() to differentiate twice"
-)
 
 
 group_norm_channels_last = Operator(
@@ -331,5 +360,6 @@ group_norm_channels_last_backward = Operator(
     "i3d_gn::group_norm_channels_last_cpu_backward",
     _gradients,
     fake=_fake_gradients,
-    **_NO_SECOND_DERIVATIVE,
+    # With create_graph=True it is not called.
+    **no_gradient("this operator has no derivative"),
 )

@@ -355,17 +355,36 @@ def test_gradcheck(layout, shape):
     assert torch.autograd.gradcheck(lambda *a: group_norm(a[0], 2, *a[1:]), (x, weight, bias))
 
 
-def test_second_derivative_of_contiguous_input_and_error_for_channels_last():
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda t: group_norm(t, 2), (x,))
-    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    (grad,) = torch.autograd.grad(group_norm(last, 2).pow(3).sum(), last, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivatives.*\.contiguous\(\)"):
-        torch.autograd.grad(grad.sum(), last)
+@pytest.mark.parametrize("fusion", ["plain", "relu", "residual"])
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((2, 4, 2, 3), "contiguous"), ((2, 4, 2, 3), "channels_last"),
+                          ((2, 4, 2, 2, 2), "channels_last")],
+)  # fmt: skip
+def test_second_derivatives(shape, layout, fusion):
+    x, residual = (
+        lay_out(torch.randn(shape, dtype=torch.float64), layout).detach().requires_grad_()
+        for _ in range(2)
+    )
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def normalize(x, residual, weight, bias):
+        residual = residual if fusion == "residual" else None
+        return group_norm(x, 2, weight, bias, relu=fusion != "plain", residual=residual)
+
+    inputs = (x, residual if fusion == "residual" else residual.detach(), weight, bias)
+    assert torch.autograd.gradgradcheck(normalize, inputs)
+    y = normalize(*inputs)
+    grad = torch.randn_like(y)
+    first, with_graph = (
+        torch.autograd.grad(y, (x, weight, bias), grad, retain_graph=True, create_graph=graph)
+        for graph in (False, True)
+    )
+    for a, b in zip(first, with_graph, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
 
 
-# torch itself uses torch.jit.script for forward-mode derivatives.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_function_transforms(layout):
     generator = torch.Generator().manual_seed(0)
