@@ -64,7 +64,8 @@ class NormReport:
         adjusted: Names of those with another number of groups or channels per group than requested,
             because that does not divide their channels.
         skipped: Layers that could not be replaced, with the reason.
-        unchanged: Number of other normalization layers by class, such as layer norms.
+        unchanged: Number of other normalization layers by class, such as layer norms and timm's
+            EvoNorm2dS0.
         notes: What changes beyond the layers themselves.
     """
 
@@ -183,10 +184,10 @@ def replace_norm(
         )
         notes.add(message)
         warnings.warn(message, stacklevel=2)
+    known = {id(new) for new in new_layers.values()}
+    known |= {id(model.get_submodule(name)) for name in skipped}
     unchanged = Counter(
-        type(m).__name__
-        for m in model.modules()
-        if isinstance(m, _KEPT_NORMS) and id(m) not in {id(new) for new in new_layers.values()}
+        type(m).__name__ for m in model.modules() if _normalizes(m) and id(m) not in known
     )
     return NormReport(
         tuple(replaced), tuple(adjusted), skipped, dict(unchanged), tuple(sorted(notes))
@@ -244,6 +245,14 @@ def _layers_to_replace(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
             raise ValueError(f"{name} is not initialized yet; run the network once before")
     return layers
+
+
+def _normalizes(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer, for libraries' own by its name."""
+    kind = type(module).__name__
+    return isinstance(module, _KEPT_NORMS) or (
+        ("Norm" in kind or "running_var" in module._buffers) and not other_submodules(module)
+    )
 
 
 def _is_same_norm(layer: nn.Module, norm: str, stats_batch_size: int | None) -> bool:

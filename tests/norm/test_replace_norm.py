@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorchvideo.models import hub
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import video as torchvision_video
@@ -20,11 +21,6 @@ from i3d_gn.norm import (
     make_norm,
     replace_norm,
 )
-
-with warnings.catch_warnings():
-    # fvcore, which pytorchvideo imports, uses a deprecated function of torch.
-    warnings.simplefilter("ignore", FutureWarning)
-    from pytorchvideo.models import hub
 
 timm = pytest.importorskip("timm")
 
@@ -133,6 +129,7 @@ def test_networks_of_other_libraries(library, name):
         *((hub, n) for n in (
             "c2d_r50", "i3d_r50", "csn_r101", "r2plus1d_r50", "x3d_s", "x3d_m", "x3d_l",
             "slow_r50_detection", "slowfast_r101", "slowfast_16x8_r101_50_50",
+            "slowfast_r50_detection", "efficient_x3d_xs", "efficient_x3d_s",
         )),
     ],
 )  # fmt: skip
@@ -307,6 +304,38 @@ def test_activations_inside_timm_layers_survive_copies_and_a_second_swap():
     for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+class RmsNorm2d(nn.Module):
+    """A norm that no class of torch is a base of, with an activation, as timm's RmsNormAct2d."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.ones(8)), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x * self.weight[:, None, None] / x.square().mean(1, True).sqrt())
+
+
+class InplaceAbn(nn.Module):
+    """Batch norm of another library by its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(8))
+
+
+class ConvNormAct(nn.Sequential):
+    """A block: not itself a norm."""
+
+
+def test_norms_of_other_libraries_are_named_in_the_report():
+    model = nn.Sequential(
+        ConvNormAct(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), RmsNorm2d(), InplaceAbn(),
+    )  # fmt: skip
+    report = replace_norm(model, "gn")
+    assert [layer.name for layer in report.replaced] == ["0.1"]
+    assert report.unchanged == {"RmsNorm2d": 1, "InplaceAbn": 1}
 
 
 def test_axes_and_channels_per_group():
