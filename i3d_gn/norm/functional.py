@@ -308,7 +308,9 @@ def _native_group_norm(
         # The CUDA kernel saves mean and rstd in x's dtype: a mean of 8 bits in bf16.
         x = x.to(weight.dtype)
     if x.is_meta:  # autocast does not support the meta device
-        y = torch.group_norm(x, num_groups, weight, bias, eps)
+        # Without gradients a shape is enough, which torch takes milliseconds to find.
+        has_graph = torch.is_grad_enabled()
+        y = torch.group_norm(x, num_groups, weight, bias, eps) if has_graph else torch.empty_like(x)
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = torch.group_norm(x, num_groups, weight, bias, eps)

@@ -53,7 +53,9 @@ def build_model(config: Config, device: torch.device) -> VideoNetwork:
         raise ConfigError("the number of classes is not known; set model.num_classes")
     built = _i3d(config) if model.name in _VARIANTS else _adapted(config)
     clip, side = config.clip, config.test.short_side
-    if built.feature_size(clip.num_frames, side, side) < training_map(built, config):
+    map_size = training_map(built, config)
+    # The map of a larger crop is not smaller.
+    if side < clip.crop_size and built.feature_size(clip.num_frames, side, side) < map_size:
         raise ConfigError(
             f"test.short_side {side} is too small for a network trained on crops of "
             f"clip.crop_size {clip.crop_size}; use at least {clip.crop_size}"
