@@ -29,7 +29,7 @@ class SlowFast(AdaptedNetwork):
         evenly from the first to the last, which the published weights were trained on.
         """
         num_frames = clips.shape[2]
-        slow = torch.linspace(0, num_frames - 1, num_frames // _ALPHA).long().tolist()
+        slow = torch.linspace(0, num_frames - 1, num_frames // _ALPHA, device="cpu").long().tolist()
         # Not by an index tensor: copying that to the device cannot be part of a CUDA graph.
         return [torch.stack([clips[:, :, frame] for frame in slow], dim=2), clips]
 
