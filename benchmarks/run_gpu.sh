@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 8 minutes: GPU tests, then two benchmarks.
+# Everything that needs a GPU, in under 10 minutes: GPU tests, then two benchmarks.
 #
 #   benchmarks/run_gpu.sh [FOLDER]      results go to FOLDER, benchmarks/results by default
 #
-# Requires only this checkout, PyTorch >= 2.11 with Triton, and pytest. With pytorchvideo there are
-# more peers, with the package's other dependencies also the tests of training.
+# Requires only this checkout, PyTorch >= 2.11 with Triton, and pytest (with pytest-xdist tests run in
+# parallel). With pytorchvideo there are more peers, with the package's other dependencies also the
+# tests of training.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results="${1:-benchmarks/results}"
@@ -22,7 +23,8 @@ timeout 150 "$python" -m pytest -q "${parallel[@]}" -p no:cacheprovider --noconf
     --import-mode=importlib tests/norm/test_fused.py 2>&1 | tee "$results/gpu_tests.log" || failed=1
 if "$python" -c 'import av, omegaconf, pyarrow, pytest_timeout, safetensors, yaml' 2>/dev/null; then
     mapfile -t others < <(grep -rl 'mark\.gpu' tests | grep -v test_fused)
-    timeout 60 "$python" -m pytest -q -p no:cacheprovider -m gpu "${others[@]}" 2>&1 | tee -a "$results/gpu_tests.log" || failed=1
+    timeout 150 "$python" -m pytest -v "${parallel[@]}" -p no:cacheprovider -m gpu "${others[@]}" 2>&1 \
+        | tee -a "$results/gpu_tests.log" || failed=1
 fi
 timeout 110 "$python" benchmarks/bench_norm.py \
     --json "$results/norm_gpu.json" --markdown "$results/norm_gpu.md" || failed=1
