@@ -3,7 +3,8 @@
     python benchmarks/make_coco_shapes.py data/coco_shapes --train 400 --val 60
 
 Every eighth image has no object, and every eighth has a crowd of small disks, annotated as one RLE
-with `iscrowd`. Colors say nothing of the class. Objects do not overlap.
+with `iscrowd`. Colors say nothing of the class. Objects do not overlap, and cover the pixels that
+pycocotools gives their masks.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_utils
 
 SIDE = 64  # pixels of an image
 CLASSES = {3: "disk", 7: "square", 8: "triangle"}  # ids with gaps, as in COCO
@@ -41,9 +43,8 @@ def make_coco_shapes(folder: Path, *, num_train: int, num_val: int, seed: int = 
 def _image(
     generator: np.random.Generator, *, empty: bool, crowd: bool
 ) -> tuple[Image.Image, list[dict]]:
-    noise = generator.integers(0, 90, (SIDE, SIDE, 3)).astype(np.uint8)
-    image = Image.fromarray(noise)
-    draw, taken, objects = ImageDraw.Draw(image), [], []
+    pixels = generator.integers(0, 90, (SIDE, SIDE, 3)).astype(np.uint8)
+    taken, objects = [], []
     for _ in range(0 if empty else int(generator.integers(1, 4))):
         radius = float(generator.uniform(8, 15))
         center = _free_center(generator, radius, taken)
@@ -51,19 +52,21 @@ def _image(
             continue
         category = int(generator.choice(list(_NUM_CORNERS)))
         corners = _corners(category, center, radius)
-        draw.polygon([tuple(c) for c in corners], fill=_color(generator))
         objects.append(_annotation(category, corners))
+        (rle,) = mask_utils.frPyObjects(objects[-1]["segmentation"], SIDE, SIDE)
+        pixels[mask_utils.decode(rle) == 1] = _color(generator)
         taken.append((*center, radius))
     center = _free_center(generator, 13, taken) if crowd else None
     if center is not None:
-        mask = Image.new("L", (SIDE, SIDE))
+        crowded = np.zeros((SIDE, SIDE), dtype=np.uint8)
         for _ in range(12):
             x, y = np.array(center) + generator.uniform(-10, 10, 2)
-            box = [x - 3, y - 3, x + 3, y + 3]
-            draw.ellipse(box, fill=_color(generator))
-            ImageDraw.Draw(mask).ellipse(box, fill=1)
-        objects.append(_crowd(np.array(mask)))
-    return image, objects
+            disk = Image.new("L", (SIDE, SIDE))
+            ImageDraw.Draw(disk).ellipse([x - 3, y - 3, x + 3, y + 3], fill=1)
+            pixels[np.array(disk) == 1] = _color(generator)
+            crowded |= np.array(disk)
+        objects.append(_crowd(crowded))
+    return Image.fromarray(pixels), objects
 
 
 def _free_center(

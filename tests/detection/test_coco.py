@@ -115,6 +115,14 @@ def test_targets_equal_the_annotations(val):
         assert ys.max() == pytest.approx(y + h, abs=1.5)
 
 
+def test_generated_shapes_cover_the_pixels_of_their_masks(val):
+    for image_id in val.image_ids:
+        (pixels,) = TestCoco(val)[[Sample(0, val.image_ids.index(image_id))]].images
+        masks = [val.coco.annToMask(a) for a in val.coco.imgToAnns[image_id]]
+        expected = np.any(masks, axis=0) if masks else np.zeros(pixels.shape[1:], dtype=bool)
+        assert np.array_equal(pixels.amin(0).numpy() >= 120, expected)  # noise is below 90
+
+
 def test_flips_are_a_function_of_the_position(val):
     examples = TrainingCoco(val, seed=3)
     assert all(val.objects[i] for i in examples.image_ids)
