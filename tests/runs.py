@@ -42,10 +42,17 @@ def interrupted_before(step):
 
 
 def on_ranks(world_size, *program):
-    """Run a program (a script, or `-m` and a module) and its arguments with torchrun."""
+    """Run a program (a script, or `-m` and a module) and its arguments with torchrun.
+
+    It can import what a test can, wherever the script lies.
+    """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={world_size}", *map(str, program),
     ]  # fmt: skip
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=False, env=one_thread, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    return subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
