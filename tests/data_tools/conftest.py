@@ -33,6 +33,12 @@ def motion_clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """Where a test of `index` writes; the folder does not exist yet."""
+    return tmp_path / "out" / "val.parquet"
+
+
 @pytest.fixture(scope="session")
 def clip(motion_clips) -> Path:
     """A valid video: 12 frames of 128x96 at 25 frames per second."""

@@ -1,26 +1,10 @@
 """Splits share their classes, whatever their lists call them, and no videos."""
 
-import json
-from pathlib import Path
-
 import pyarrow.parquet as pq
 import pytest
 
-from i3d_gn import cli
 from i3d_gn.video_io.index import VideoIndex
-
-
-def run(*arguments, workers=1):
-    return cli.main(["index", *map(str, arguments), "--workers", str(workers)])
-
-
-def report_of(output):
-    return json.loads(Path(f"{output}.report.json").read_text())
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "out" / "val.parquet"
+from tests.data_tools.index_runs import report_of, run
 
 
 def test_train_and_val_share_class_list(tmp_path, place_clip, output, capsys):

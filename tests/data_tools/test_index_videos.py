@@ -1,6 +1,5 @@
 """A list and a folder give the expected index and report."""
 
-import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,21 +7,8 @@ import pytest
 
 from data_tools.full_decode_check import check_video
 from data_tools.probing import probe
-from i3d_gn import cli
 from i3d_gn.video_io.index import VideoIndex
-
-
-def run(*arguments, workers=1):
-    return cli.main(["index", *map(str, arguments), "--workers", str(workers)])
-
-
-def report_of(output):
-    return json.loads(Path(f"{output}.report.json").read_text())
-
-
-@pytest.fixture
-def output(tmp_path):
-    return tmp_path / "out" / "val.parquet"
+from tests.data_tools.index_runs import report_of, run
 
 
 def test_class_folders(motion_clips, output, capsys):
