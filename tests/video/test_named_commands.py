@@ -222,7 +222,7 @@ def test_info_counts_all_of_the_network(run):
     assert len(rows) > 6
 
 
-@each("s3d", "x3d_xs", "slowfast_r50")
+@one_of_each_kind
 def test_exported_program_gives_the_scores_of_testing(run, tmp_path):
     out = tmp_path / "network.pt2"
     export.export_model(run.checkpoint, out)
