@@ -98,7 +98,7 @@ def run_grid(runs: Sequence[GridRun], *, jobs: int, devices: Sequence[str] = ())
 
     Args:
         runs: From `read_grid`.
-        jobs: How many run at a time; they share the CPU cores evenly.
+        jobs: How many run at a time; they share the CPU cores evenly if OMP_NUM_THREADS is not set.
         devices: One value of CUDA_VISIBLE_DEVICES for each of `jobs`, or none.
 
     Raises:
@@ -141,7 +141,7 @@ def run_grid(runs: Sequence[GridRun], *, jobs: int, devices: Sequence[str] = ())
 
 def _start(run: GridRun, device: str, jobs: int) -> "subprocess.Popen[bytes]":
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if device:
         environment["CUDA_VISIBLE_DEVICES"] = device
     run.folder.mkdir(parents=True, exist_ok=True)

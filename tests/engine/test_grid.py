@@ -100,12 +100,16 @@ def test_failed_command_is_repeated_and_others_go_on(grid_file, program, monkeyp
         assert [line.split()[0] for line in calls(run)] == ["train", "evaluate", "evaluate"]
 
 
-def test_cores_and_devices_are_shared_out(grid_file, program, monkeypatch):
+@pytest.mark.parametrize(("given", "threads"), [(None, "8"), ("3", "3")])
+def test_cores_and_devices_are_shared_out(grid_file, program, monkeypatch, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(16))
     runs = read_grid(grid_file)
     run_grid(runs, jobs=2, devices=["3", "5"])
     seen = {line for run in runs for line in (run.folder / "grid.log").read_text().splitlines()}
-    assert seen == {"8 3", "8 5"}
+    assert seen == {f"{threads} 3", f"{threads} 5"}
     with pytest.raises(ConfigError, match="number of --devices"):
         grid.main([str(grid_file), "--jobs", "3", "--devices", "0,1"])
 
