@@ -1,8 +1,11 @@
 """Fixtures shared by all tests."""
 
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +46,19 @@ def shared_data() -> Path:
 def one_process() -> Process:
     """A single process on the CPU."""
     return Process(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder, where this process and its workers put their temporary files."""
+    # Not below pytest's own: the name of a socket has at most 107 characters.
+    folder = tempfile.TemporaryDirectory()
+    monkeypatch.setattr(tempfile, "tempdir", folder.name)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    # At the end of the process the folder is gone.
+    monkeypatch.setattr(multiprocessing.util, "_remove_temp_dir", lambda *_: None)
+    with folder:
+        yield Path(folder.name)
 
 
 class MotionSet(NamedTuple):

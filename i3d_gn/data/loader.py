@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import copy
 import logging
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -297,26 +296,6 @@ def video_loader(
     )
 
 
-def default_num_workers(device: torch.device, world_size: int) -> int:
-    """Loader workers per rank: with a GPU one per core of this rank; on a CPU half the cores.
-
-    On a CPU the network computes on the other half, see `limit_compute_threads`.
-    """
-    cores = _cores_per_rank(world_size)
-    return max(1, cores if device.type == "cuda" else cores // 2)
-
-
-def limit_compute_threads(device: torch.device, world_size: int, *, num_workers: int) -> None:
-    """On a CPU, leave the loader's workers their cores: torch computes on the remaining ones.
-
-    With more runnable threads than cores, every parallel region waits for its slowest thread. The
-    number of threads is only ever lowered, and left alone if OMP_NUM_THREADS is set.
-    """
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        remaining = max(1, _cores_per_rank(world_size) - num_workers)
-        torch.set_num_threads(min(remaining, torch.get_num_threads()))
-
-
 class TimedIterator(Iterator[ItemT], Generic[ItemT]):
     """Iterates over a loader and measures the seconds spent waiting for the next item."""
 
@@ -331,13 +310,6 @@ class TimedIterator(Iterator[ItemT], Generic[ItemT]):
             return next(self._items)
         finally:
             self.seconds_waited += time.monotonic() - started
-
-
-def _cores_per_rank(world_size: int) -> int:
-    """Cores this process may use, shared with the other ranks of this machine."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) // ranks_here
 
 
 def _remember(keys: Iterator[Any], requested: collections.deque[Any]) -> Iterator[Any]:

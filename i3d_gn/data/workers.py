@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -61,6 +62,7 @@ class Workers(Generic[ItemT]):
         self._limit = timeout_seconds
         self._too_slow = False
         poll = min(_POLL_SECONDS, self._limit / 2)  # a death is noticed before the time limit
+        get_temp_dir()  # else workers make their own, which stay behind when they are killed
         before = set(multiprocessing.active_children())
         # torch's handler would raise wherever the main program happens to be.
         handler = signal.getsignal(signal.SIGCHLD)
@@ -202,7 +204,7 @@ def _check_shared_memory(item_bytes: int, num_workers: int) -> None:
         raise ValueError(
             f"{_SHARED_MEMORY} has {free / 1e6:.3g} MB free, and {num_workers} loader workers need "
             f"{needed / 1e6:.3g} MB or more; make it larger (docker run --shm-size=8g), or use "
-            "fewer workers (0: load in the main process)"
+            "fewer workers (data.num_workers=0: load in the main process)"
         )
 
 

@@ -19,7 +19,7 @@ from i3d_gn.detection.coco import (
 )
 from i3d_gn.detection.config import METRICS, DetectionConfig
 from i3d_gn.engine.checkpoint import given_or_latest
-from i3d_gn.engine.cores import limit_compute_threads
+from i3d_gn.engine.cores import limit_compute_threads, num_workers
 from i3d_gn.engine.distributed import Process, broadcast_from_main, gather_on_main
 from i3d_gn.files import print_line, write_json
 from i3d_gn.models.mask_rcnn import load_detector_weights
@@ -41,7 +41,7 @@ def evaluate_coco(config: DetectionConfig, process: Process, checkpoint: Path | 
         CheckpointError: There is no checkpoint.
         ValueError: The weights do not fit the network, or data cannot be read.
     """
-    limit_compute_threads(config, process)
+    limit_compute_threads(process, num_workers(config, process))
     output_dir = Path(config.output_dir)
     path = given_or_latest(checkpoint, output_dir)
     images = build.load_images(config.data.val_images, config.data.val_annotations, config)

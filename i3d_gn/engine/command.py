@@ -39,10 +39,10 @@ def run_command(command: Callable[[], int]) -> int:
         print_line(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print_line(f"{stopped}; run the same command again to resume", file=sys.stderr)
+        print_line(f"{stopped}; run the same command again", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        print("interrupted; run the same command again", file=sys.stderr)
         return 130
 
 

@@ -16,8 +16,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Stopped(RuntimeError):  # noqa: N818 - nothing went wrong
-    """A signal stopped a command; run it again to resume."""
+class Stopped(BaseException):
+    """A signal stopped a command; like `KeyboardInterrupt` not for those who handle errors."""
 
 
 class StopSignals:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from i3d_gn.engine.command import NonFiniteLossError
-from i3d_gn.engine.cores import limit_compute_threads
+from i3d_gn.engine.cores import limit_compute_threads, num_workers
 from i3d_gn.engine.loop import TrainingLoop
 from i3d_gn.engine.recipe import Recipe
 from i3d_gn.engine.task import Task
@@ -24,7 +24,7 @@ def train_task(task: Task[Any], recipe: Recipe, config: Any) -> None:
         NonFiniteLossError: Training diverged; checkpoints saved before that are good.
         ValueError: Too many samples cannot be read.
     """
-    limit_compute_threads(config, task.process)
+    limit_compute_threads(task.process, num_workers(config, task.process))
     loop = TrainingLoop(
         task, recipe, config=config, seed=config.seed, output_dir=Path(config.output_dir)
     )

@@ -43,7 +43,7 @@ def convolve3d(
         bias: (C_out,), if any.
 
     Returns:
-        (N, C_out, T', H', W') in the memory format of x.
+        (N, C_out, T', H', W') in the memory format of x and weight.
     """
     if x.is_cuda and x.shape[1] <= _FEW_CHANNELS and max(stride) > 1:
         if torch.is_autocast_enabled("cuda"):  # as F.conv3d would, but before the copies
@@ -92,8 +92,9 @@ def convolve_phases(
         bias: (C_out,), if any.
 
     Returns:
-        (N, C_out, T', H', W') in channels_last_3d.
+        (N, C_out, T', H', W') in the memory format of x and weight.
     """
+    contiguous = x.is_contiguous() and weight.is_contiguous()
     pad_x: list[int] = []  # F.pad takes the last axis first
     pad_weight: list[int] = []
     for axis in (2, 1, 0):
@@ -109,7 +110,8 @@ def convolve_phases(
         pad_weight += [before - p, s * num_taps - kernel - (before - p)]
     x = _phases_as_channels(F.pad(x, pad_x), stride)
     weight = _phases_as_channels(F.pad(weight, pad_weight), stride)
-    return F.conv3d(x, weight, bias)
+    y = F.conv3d(x, weight, bias)  # of inputs in channels_last_3d
+    return y.contiguous() if contiguous else y
 
 
 def _phases_as_channels(x: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -1,5 +1,6 @@
 """Swap the normalization layers of any network for those of this package."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ _DIMS = {
     nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
 }  # fmt: skip
+# Neither torchvision's Normalize nor torch's parametrizations, _WeightNorm and _SpectralNorm.
+_NORM_NAME = re.compile(r"(?!_).*Norm(?!aliz)")
 _KEPT_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # Activation layers inside timm's BatchNormAct2d and its relatives, in their order.
 _ACTIVATIONS = ("drop", "act")
@@ -249,10 +252,10 @@ def _layers_to_replace(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _normalizes(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, for libraries' own by its name."""
-    kind = type(module).__name__
-    return isinstance(module, _KEPT_NORMS) or (
-        ("Norm" in kind or "running_var" in module._buffers) and not other_submodules(module)
+    looks_like_one = (
+        _NORM_NAME.match(type(module).__name__) is not None or "running_var" in module._buffers
     )
+    return isinstance(module, _KEPT_NORMS) or (looks_like_one and not other_submodules(module))
 
 
 def _is_same_norm(layer: nn.Module, norm: str, stats_batch_size: int | None) -> bool:

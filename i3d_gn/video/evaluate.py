@@ -14,7 +14,7 @@ from typing import Any
 
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.engine.checkpoint import CheckpointError, given_or_latest
-from i3d_gn.engine.cores import limit_compute_threads
+from i3d_gn.engine.cores import limit_compute_threads, num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import config_hash, to_dict
 from i3d_gn.files import file_sha256, print_line, write_json
@@ -41,7 +41,7 @@ def evaluate(config: Config, checkpoint: Path | None, process: Process) -> dict[
         CheckpointError: The checkpoint is missing, unreadable, or of another model.
         ValueError: The index does not match, or no video could be decoded.
     """
-    limit_compute_threads(config, process)
+    limit_compute_threads(process, num_workers(config, process))
     checkpoint = given_or_latest(checkpoint, Path(config.output_dir))
     index = build.load_index(config.data.val_index, config, labeled=False)
     config = replace(config, model=config.model.completed(len(index.class_names)))
@@ -100,7 +100,7 @@ def evaluate_model(
         folder=folder,
         tag=tag,
         process=process,
-        num_workers=build.num_workers(config, process),
+        num_workers=num_workers(config, process),
         timeout_seconds=config.data.timeout_seconds,
     )
 

@@ -21,6 +21,7 @@ from i3d_gn import __version__
 from i3d_gn.data.loader import video_loader
 from i3d_gn.data.transforms import normalize_clips
 from i3d_gn.data.videos import TestVideo
+from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import to_yaml
 from i3d_gn.files import atomic_output
@@ -259,7 +260,7 @@ def _real_clips(
     loader = video_loader(
         build.test_videos(videos, config),
         range(len(videos)),
-        num_workers=min(1, build.num_workers(config, Process(0, 1, _CPU))),
+        num_workers=min(1, num_workers(config, Process(0, 1, _CPU))),
         device=_CPU,
         timeout_seconds=config.data.timeout_seconds,
     )

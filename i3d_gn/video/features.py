@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from i3d_gn.data.loader import PartLoader, limit_compute_threads
+from i3d_gn.data.loader import PartLoader
 from i3d_gn.data.to_device import ToDevice
 from i3d_gn.data.windows import Extent, OneClip, SlidingWindows, TestView, WindowPart
+from i3d_gn.engine.cores import limit_compute_threads, num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.engine.typed_config import config_hash
@@ -83,8 +84,8 @@ def features(
     process = Process(0, 1, device)
     to_device = build.to_device(config, process, mean=network.mean, std=network.std)
     model = network.model.eval()
-    workers = min(build.num_workers(config, process), len(todo))
-    limit_compute_threads(device, 1, num_workers=workers)
+    workers = min(num_workers(config, process), len(todo))
+    limit_compute_threads(process, workers)
     windows = SlidingWindows(
         videos,
         todo,

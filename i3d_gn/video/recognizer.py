@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from i3d_gn.data.loader import PartLoader, limit_compute_threads, video_loader
+from i3d_gn.data.loader import PartLoader, video_loader
 from i3d_gn.data.windows import SlidingWindows, WindowPart
+from i3d_gn.engine.cores import limit_compute_threads, num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.video import build
 from i3d_gn.video.config import Config
@@ -125,7 +126,7 @@ class Recognizer:
         """
         workers = min(self._num_workers(), len(videos))
         if len(videos) > 1:  # else decoding is over when the network starts
-            limit_compute_threads(self.device, 1, num_workers=workers)
+            limit_compute_threads(self._process, workers)
         loader = video_loader(
             build.test_videos(videos, self.config),
             range(len(videos)),
@@ -165,7 +166,11 @@ class Recognizer:
                 yield part
 
     def _num_workers(self) -> int:
-        return build.num_workers(self.config, Process(0, 1, self.device))
+        return num_workers(self.config, self._process)
+
+    @property
+    def _process(self) -> Process:
+        return Process(0, 1, self.device)
 
     def probabilities(self, scores: torch.Tensor, name: str) -> torch.Tensor:
         """Probabilities (K,) from the scores of video `name`.

@@ -1,4 +1,4 @@
-"""The classes of a long video over time: one prediction per window, in memory of one window."""
+"""The classes of a long video over time: one prediction per window, in memory of a few windows."""
 
 import contextlib
 import itertools

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from multiprocessing.util import get_temp_dir
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -107,7 +108,8 @@ def find_videos(source: str) -> list[str]:
 
 @contextlib.contextmanager
 def _downloaded(url: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="i3d_gn-") as folder:
+    # A folder of the main process, which removes it at its end: loader workers may be killed.
+    with tempfile.TemporaryDirectory(dir=get_temp_dir()) as folder:
         path = Path(folder, PurePosixPath(urllib.parse.urlparse(url).path).name or "video")
         _download(url, path)
         yield path

@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 from multiprocessing import resource_sharer
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,8 +22,6 @@ from i3d_gn.data.loader import (
     PartLoader,
     VideosInParts,
     batch_loader,
-    default_num_workers,
-    limit_compute_threads,
 )
 from i3d_gn.data.samplers import ShuffledMicroBatches
 from i3d_gn.data.videos import RandomClips
@@ -82,38 +82,6 @@ def test_worker_hides_only_the_disconnect_of_its_parent(tmp_path, error):
     process.join(timeout=120)
     assert process.exitcode == 0
     assert (tmp_path / "stderr").read_text() == (f"ValueError: {error}\n" if error else "")
-
-
-@pytest.fixture
-def eight_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-
-
-@pytest.mark.parametrize(
-    ("device", "world_size", "expected"),
-    [("cuda", 1, 8), ("cuda", 4, 2), ("cuda", 16, 1), ("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1)],
-)
-def test_default_workers_share_the_cores_of_the_machine(eight_cores, device, world_size, expected):
-    assert default_num_workers(torch.device(device), world_size) == expected
-
-
-@pytest.mark.parametrize(
-    ("device", "num_workers", "omp_num_threads", "expected"),
-    [("cpu", 3, None, 5), ("cpu", 8, None, 1), ("cpu", 0, None, 6), ("cpu", 3, "6", 6),
-     ("cuda", 3, None, 6)],
-)  # fmt: skip
-def test_compute_threads_leave_the_workers_their_cores(
-    eight_cores, monkeypatch, device, num_workers, omp_num_threads, expected
-):
-    threads = [6]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    if omp_num_threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
-    limit_compute_threads(torch.device(device), 1, num_workers=num_workers)
-    assert threads[-1] == expected
 
 
 CPU = torch.device("cpu")
@@ -189,6 +157,12 @@ def test_sample_that_breaks_its_worker_is_skipped(breaks, reason, caplog):
     assert re.search(reason, caplog.text)
     assert signal.getsignal(signal.SIGCHLD) == handler
     assert not multiprocessing.active_children()
+
+
+def test_killed_workers_leave_only_what_the_main_process_removes(temporary_folder):
+    loader = Loader(Numbers(crash, {5, 12}), KEYS, num_workers=2, device=CPU, timeout_seconds=60)
+    assert len(list(loader)) == 8
+    assert list(temporary_folder.iterdir()) == [Path(get_temp_dir())]
 
 
 def test_workers_are_killed_beside_another_loader_of_the_program(monkeypatch):

@@ -5,8 +5,10 @@ import os
 import signal
 
 import pytest
+import torch
 
 from data_tools.printing import print_first
+from i3d_gn.engine.checkpoint import load_checkpoint
 from i3d_gn.engine.command import NonFiniteLossError, run_command, start_logging
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.engine.stop_signals import Stopped
@@ -77,8 +79,24 @@ def test_signal_stops_a_command_and_removes_its_unfinished_file(
         assert signal.getsignal(number) == signal.default_int_handler
     finally:
         signal.signal(number, before)
-    assert capsys.readouterr().err == f"{line}; run the same command again to resume\n"
+    assert capsys.readouterr().err == f"{line}; run the same command again\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_code_that_handles_errors_of_damaged_files_does_not_handle_signals(
+    tmp_path, monkeypatch, capsys
+):
+    """It would resume from an older checkpoint, or call a good file damaged."""
+    path = tmp_path / "step_00000020.pt"
+    torch.save({"weight": torch.zeros(2)}, path)
+
+    def stopped(_archive):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal stops the command at once")
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", stopped)
+    assert run_command(lambda: 0 if load_checkpoint(path) else 1) == 75
+    assert capsys.readouterr().err == "stopped by SIGTERM; run the same command again\n"
 
 
 @pytest.mark.parametrize(("world_size", "ends_at_once"), [("1", False), ("2", True)])

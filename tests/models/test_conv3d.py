@@ -93,6 +93,7 @@ def test_convolution_of_phases_is_the_strided_convolution(kernel, stride, paddin
     expected = F.conv3d(x, weight, bias, stride, padding)
     actual = convolve_phases(x, weight, stride, padding, bias)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    assert actual.is_contiguous()
     grad = torch.randn_like(expected)
     for ours, theirs in zip(
         torch.autograd.grad(actual, (x, weight), grad),

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from pytorchvideo.models import hub
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations
 from torchvision.models import video as torchvision_video
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.v2 import Normalize
 
 from i3d_gn.models import i3d_tiny
 from i3d_gn.norm import (
@@ -332,6 +334,9 @@ class ConvNormAct(nn.Sequential):
 def test_norms_of_other_libraries_are_named_in_the_report():
     model = nn.Sequential(
         ConvNormAct(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), RmsNorm2d(), InplaceAbn(),
+        # These are no layers that normalize features.
+        Normalize([0.5], [0.5]), parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+        parametrizations.spectral_norm(nn.Linear(8, 8)),
     )  # fmt: skip
     report = replace_norm(model, "gn")
     assert [layer.name for layer in report.replaced] == ["0.1"]

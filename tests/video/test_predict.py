@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,16 @@ def test_url_that_cannot_be_downloaded_is_one_line(copied, server, capsys):
         assert run(url, "--checkpoint", copied) == 2
         line = rf"error: {url}: could not be downloaded \(.*{reason}.*\)\n"
         assert re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_download_of_a_killed_worker_is_removed(
+    copied, server, break_decoder, temporary_folder, capsys
+):
+    break_decoder("good.mp4")
+    assert run(f"{server}/good.mp4", "--checkpoint", copied) == 2
+    assert "a loader worker died (SIGSEGV)" in capsys.readouterr().err
+    left = {path.parent.parent for path in temporary_folder.rglob("good.mp4")}
+    assert left == {Path(get_temp_dir())}  # which this process removes at its end
 
 
 def test_run_folder_means_its_best_or_newest_checkpoint(trained_checkpoint, tmp_path):

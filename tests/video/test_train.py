@@ -411,7 +411,7 @@ def test_ctrl_c_ends_all_processes(small_run, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; run the same command again to resume"
+    assert errors.splitlines()[-1] == "interrupted; run the same command again"
     assert "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
