@@ -178,8 +178,9 @@ def describe(config: Config) -> str:
 
 Memory of training in {config.train.precision}, counted from shapes:
 saved: activations that one clip saves for backward; peak: what a clip adds to the peak of a step;
-fixed: weights, gradients and momentum. Then the largest clips_per_gpu that fits a GPU of this size,
-with {RESERVED_GIB} GB set aside for CUDA, cuDNN's workspaces and fragmentation.
+fixed: weights, gradients and momentum. Then the largest clips_per_gpu that fits a GPU of this size
+with train.cuda_graphs=false, and with {RESERVED_GIB} GB set aside for CUDA, cuDNN's workspaces and
+fragmentation. The activations of CUDA graphs stay allocated during validation: take less with them.
 
 {markdown_table(fits)}"""
 
