@@ -20,9 +20,7 @@ class SharedRecipe:
     norm_weight_decay: float = 0.0  # of gamma and beta
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's arithmetic
     compile: bool = False  # use torch.compile
-    cuda_graphs: bool = machine_key(
-        True
-    )  # on a GPU; not with compile, log_activations, sync_bn
+    cuda_graphs: bool = machine_key(True)  # on a GPU; not with compile, log_activations, sync_bn
     log_every: int = machine_key(20)  # steps from one log line to the next
     log_activations: tuple[str, ...] = machine_key(())  # layers; percentiles of their outputs
     keep_checkpoints: int = machine_key(3)  # the newest that are kept
