@@ -1,7 +1,8 @@
 """Table 8 of Group Normalization in small: table and curves of docs/results/table8_small.md.
 
-Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml`, of the folds that are finished.
-Their folders are named <cell>-<fold>, and cells <norm>_<frames>x<stride>_<clips per worker>.
+Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml`, of the folds that are finished
+in all cells: first the six of the paper, then all. Their folders are named <cell>-<fold>, and cells
+<norm>_<frames>x<stride>_<clips per worker>.
 
     python benchmarks/table8_small.py runs/table8_small --groups data/fight_surv/list.csv \
         --figure docs/results/table8_small.png
@@ -34,12 +35,20 @@ COLUMNS = ("8x4_8", "8x4_4", "16x2_4")
 COLORS = {"8x4_8": "#0072b2", "8x4_4": "#d55e00", "16x2_4": "#009e73"}  # of Okabe & Ito
 
 
-def finished(folder: Path) -> dict[str, list[Path]]:
-    """Cell -> its runs, of the folds that have been tested in every cell."""
+Runs = dict[str, list[Path]]  # of each cell
+
+
+def finished(folder: Path) -> dict[str, dict[str, Path]]:
+    """Cell -> fold -> its run, of those that have been tested."""
     runs: dict[str, dict[str, Path]] = defaultdict(dict)
     for results in sorted(folder.glob("*/test_*/results.json")):
         cell, _, fold = results.parent.parent.name.partition("-")
         runs[cell][fold] = results.parent.parent
+    return runs
+
+
+def on_common_folds(runs: dict[str, dict[str, Path]]) -> Runs:
+    """Cell -> its runs, of the folds that have been tested in every cell."""
     folds = sorted(set.intersection(*map(set, runs.values()))) if runs else []
     return {cell: [of_cell[fold] for fold in folds] for cell, of_cell in runs.items()}
 
@@ -64,7 +73,7 @@ def main_table(entries: dict[str, Entry], groups: dict[str, str]) -> str:
     return markdown_table([*rows, last])
 
 
-def draw_curves(cells: dict[str, list[Path]], path: Path) -> None:
+def draw_curves(cells: Runs, path: Path) -> None:
     """Errors over training in the manner of Fig. 7: BN left, GN right, training dashed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -99,9 +108,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     groups = read_groups(args.groups, "recording")
-    cells = finished(args.runs)
-    entries = {cell: read_entry(cell, runs) for cell, runs in cells.items()}
-    print(main_table(entries, groups), "\n")
+    runs = finished(args.runs)
+    six = {f"{norm}_{column}" for norm in PAPER for column in COLUMNS}
+    cells = on_common_folds({cell: of_cell for cell, of_cell in runs.items() if cell in six})
+    print(main_table({cell: read_entry(cell, cells[cell]) for cell in cells}, groups), "\n")
+    entries = {cell: read_entry(cell, paths) for cell, paths in on_common_folds(runs).items()}
     reference = "bn_8x4_8"
     rest = [entries[cell] for cell in sorted(entries) if cell != reference]
     print(comparison([entries[reference], *rest], groups))
