@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import multiprocessing
 import multiprocessing.util
 import os
@@ -59,6 +60,14 @@ def temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(multiprocessing.util, "_remove_temp_dir", lambda *_: None)
     with folder:
         yield Path(folder.name)
+
+
+@pytest.fixture
+def no_children_yet() -> None:
+    """Ends the loader workers that the traceback of an earlier test may still refer to."""
+    if multiprocessing.active_children():
+        gc.collect()
+    assert not multiprocessing.active_children()
 
 
 class MotionSet(NamedTuple):

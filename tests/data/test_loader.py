@@ -88,7 +88,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def workers_that_end_are_noticed_soon(monkeypatch):
+def workers_that_end_are_noticed_soon(monkeypatch, no_children_yet):
     monkeypatch.setattr("i3d_gn.data.workers._POLL_SECONDS", 0.3)
 
 

@@ -160,7 +160,7 @@ def test_render_of_a_video_that_crashes_the_decoder_leaves_no_file(
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signal_while_rendering_leaves_no_file(
-    trained_checkpoint, index, tmp_path, monkeypatch, number, status, capsys
+    trained_checkpoint, index, tmp_path, monkeypatch, number, status, no_children_yet, capsys
 ):
     def stopped(path, frames, **_options):
         next(iter(frames))
