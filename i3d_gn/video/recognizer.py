@@ -72,9 +72,9 @@ class Recognizer:
         self.class_names = network.class_names or tuple(
             f"class {i}" for i in range(config.model.num_classes)
         )
-        process = Process(0, 1, device)
+        self._process = Process(0, 1, device)
         network.model.eval()
-        self.to_device = build.to_device(config, process, mean=network.mean, std=network.std)
+        self.to_device = build.to_device(config, self._process, mean=network.mean, std=network.std)
         self.score = video_scorer(network.model, config, self.to_device)
 
     @classmethod
@@ -167,10 +167,6 @@ class Recognizer:
 
     def _num_workers(self) -> int:
         return num_workers(self.config, self._process)
-
-    @property
-    def _process(self) -> Process:
-        return Process(0, 1, self.device)
 
     def probabilities(self, scores: torch.Tensor, name: str) -> torch.Tensor:
         """Probabilities (K,) from the scores of video `name`.
