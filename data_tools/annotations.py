@@ -45,6 +45,11 @@ def read_annotations(source: Path, *, split: str | None = None) -> Annotations:
     if source.is_dir():
         if any(map(is_split_file, source.iterdir())):
             return read_hmdb51_splits(source, split=split)
+        if split is not None:
+            raise ValueError(
+                f"{source} is a folder of class folders, which has no named splits: pass the "
+                f"folder of {split} as SOURCE, or a fraction for training, such as --split 0.8"
+            )
         return _read_class_folders(source)
     if not source.is_file():
         raise ValueError(f"list or folder not found: {source}")

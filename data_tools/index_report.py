@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.printing import print_first
-from data_tools.train_val_split import SplitPart
+from data_tools.train_val_split import RandomSplit, SplitPart
 from i3d_gn.files import print_line
 from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 from i3d_gn.video_io.shared_videos import SharedVideo
@@ -16,6 +16,11 @@ from i3d_gn.video_io.shared_videos import SharedVideo
 # Every copy of Kinetics lacks 1 to 5 % of its videos; classes that lack more than this are listed.
 THINNED_FRACTION = 0.10
 _VERDICTS = ("missing", "duplicated", "undecodable", "empty")
+
+
+def report_path(index: Path) -> Path:
+    """Path of the report of `index`, beside it."""
+    return index.with_name(index.name + ".report.json")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class IndexReport:
         skipped: Files of a folder that are not videos, or not in a class folder.
         shared: Videos that are also in the index used as label map, or of the validation part that
             are also in the training part.
+        random_split: How they were split, None for one index.
         parts: The indexes written: one, or those for training and validation.
     """
 
@@ -55,12 +61,13 @@ class IndexReport:
     duration_seconds: float
     skipped: list[str]
     shared: list[SharedVideo]
+    random_split: RandomSplit | None
     parts: list[SplitPart]
 
     @property
     def path(self) -> Path:
-        """Path of the report, beside the index."""
-        return self.index.with_name(self.index.name + ".report.json")
+        """Path of the report."""
+        return report_path(self.index)
 
     def rejected_as(self, verdict: str) -> list[Rejected]:
         """Rejected videos with this verdict: missing, duplicated, undecodable or empty."""
@@ -97,6 +104,7 @@ class IndexReport:
             **{f"num_{verdict}": len(self.rejected_as(verdict)) for verdict in _VERDICTS},
             "num_skipped": len(self.skipped),
             "num_shared_with_label_map": len(self.shared),
+            "random_split": None if self.random_split is None else asdict(self.random_split),
             "parts": [
                 {"name": part.name, "index": str(part.index), "num_indexed": len(part.records)}
                 for part in self.parts

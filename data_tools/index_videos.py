@@ -49,12 +49,18 @@ from data_tools.command_line import (
     run_script,
 )
 from data_tools.file_status import file_fingerprint
-from data_tools.index_report import IndexReport, Rejected, print_summary
+from data_tools.index_report import IndexReport, Rejected, print_summary, report_path
 from data_tools.label_map import read_label_map
 from data_tools.listed_videos import Annotations, ListedVideo
 from data_tools.probing import Probed, probe
 from data_tools.step import Item, RunOptions, StepResult, print_unfinished, run_step
-from data_tools.train_val_split import RandomSplit, SplitPart, column_groups, split_records
+from data_tools.train_val_split import (
+    RandomSplit,
+    SplitPart,
+    column_groups,
+    recorded_sides,
+    split_records,
+)
 from data_tools.video_folder import find_listed_videos, video_folder
 from i3d_gn.files import write_json
 from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
@@ -173,7 +179,11 @@ def index_videos(
             records.append(VideoRecord(path=candidate.path, label=candidate.label, **result.facts))
 
     parts = split_records(
-        records, output, random_split, {candidate.path: candidate.group for candidate in candidates}
+        records,
+        output,
+        random_split,
+        {candidate.path: candidate.group for candidate in candidates},
+        recorded_sides(output, report_path(output), random_split) if random_split else {},
     )
     for part in parts:
         write_index(part.index, part.records, class_names=class_names, root=root)
@@ -192,6 +202,7 @@ def index_videos(
         duration_seconds=sum(record.duration_seconds for record in records),
         skipped=list(annotations.skipped),
         shared=_shared(parts, label_map),
+        random_split=random_split,
         parts=parts,
     )
     write_json(report.path, report.as_json())
@@ -233,12 +244,18 @@ def _shared(parts: Sequence[SplitPart], label_map: Path | None) -> list[SharedVi
 
 
 def _split(text: str) -> str | float:
-    """The name of a split, or a fraction, which has a decimal point."""
-    if not re.fullmatch(r"\d*\.\d+", text):
+    """The name of a split, or a fraction."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        if re.match(r"[-+.\d]", text):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither the name of a split nor a fraction such as 0.8"
+            ) from None
         return text
-    if not 0 < float(text) < 1:
+    if not 0 < fraction < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
+    return fraction
 
 
 @dataclass(frozen=True)

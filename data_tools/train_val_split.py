@@ -7,23 +7,27 @@ small enough: a fraction of all names, whatever other videos there are.
 
 So a group stays on its side when other videos are added or removed. The share of a class in
 validation varies around the expected one; where it is less than two thirds or more than one and a
-half times of that, groups nearest to the limit change sides.
+half times of that, groups nearest to the limit change sides. That may depend on the other videos,
+so groups keep the sides that the indexes of an earlier run say; what was trained on never becomes
+validation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from data_tools.listed_videos import ListedVideo
-from i3d_gn.video_io.index import VideoRecord
+from i3d_gn.video_io.index import VideoIndex, VideoRecord
 
 _BY_PATH = ("prefix", "folder")
+_PARTS = ("train", "val")
 
 # Between a recording and the number of its cut, as in `rec7_02.mp4` and `v_Archery_g01_c05.avi`.
 _SEPARATORS = "_- "
@@ -98,16 +102,53 @@ def group_of(path: str, group_by: str | None) -> str:
     return file.stem[:cut] if cut > 0 else file.stem
 
 
+def recorded_sides(output: Path, report: Path, split: RandomSplit) -> dict[str, bool]:
+    """Whether each video was in training, by path, if an earlier run split the same way.
+
+    Args:
+        output: See `split_records`.
+        report: Of that run, see `IndexReport`.
+        split: How to split now.
+    """
+    try:
+        before = json.loads(report.read_text(encoding="utf-8"))
+        if before["random_split"] != asdict(split):
+            return {}
+        return {
+            path: name == "train"
+            for name in _PARTS
+            for path in VideoIndex.load(_part_path(output, name)).paths
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is no longer whole
+        return {}
+
+
 def split_groups(
-    groups: Sequence[str], labels: Sequence[int], *, train_fraction: float, seed: int
+    groups: Sequence[str],
+    labels: Sequence[int],
+    *,
+    train_fraction: float,
+    seed: int,
+    before: Mapping[str, bool] | None = None,
 ) -> list[bool]:
     """Whether each video is in training, from its group and label.
 
     Every class with several groups has one on each side, unless a group has videos of several
     classes and another one needs it elsewhere; the only group of a class is in training.
+
+    Args:
+        groups: Of each video.
+        labels: Of each video.
+        train_fraction: See `RandomSplit`.
+        seed: See `RandomSplit`.
+        before: Whether groups were in training in an earlier split. They stay there; those for
+            validation may become training.
     """
+    before = before or {}
     position = {group: _hash(group, seed) for group in groups}
-    trained = {group: value < train_fraction for group, value in position.items()}
+    trained = {
+        group: before.get(group, value < train_fraction) for group, value in position.items()
+    }
     sizes: dict[int, Counter[str]] = defaultdict(Counter)
     for group, label in zip(groups, labels, strict=True):
         sizes[label][group] += 1
@@ -118,7 +159,8 @@ def split_groups(
         num_trained = sum(trained[group] for group in size)
         # Nearest to the limit first, so that the same ones move whatever was added.
         for group in sorted(size, key=lambda g: (abs(position[g] - train_fraction), g)):
-            if trained[group] and validated < least and num_trained > 1:
+            may_leave = trained[group] and not before.get(group)
+            if may_leave and validated < least and num_trained > 1:
                 trained[group], num_trained = False, num_trained - 1
                 validated += size[group]
             elif not trained[group] and (
@@ -134,6 +176,7 @@ def split_records(
     output: Path,
     split: RandomSplit | None,
     groups: Mapping[str, str | None],
+    before: Mapping[str, bool],
 ) -> list[SplitPart]:
     """The records of each index to write: `output`, or NAME_train and NAME_val beside it.
 
@@ -142,6 +185,7 @@ def split_records(
         output: The index.
         split: None for one index.
         groups: By path, None where the path says it.
+        before: Whether videos were in training, by path, see `recorded_sides`.
 
     Raises:
         ValueError: The records do not split, since all are in one group per class.
@@ -150,19 +194,27 @@ def split_records(
         return []
     if split is None:
         return [SplitPart("", output, list(records))]
+    of_records = [
+        groups[record.path] or group_of(record.path, split.group_by) for record in records
+    ]
+    sides: dict[str, bool] = {}
+    for record, group in zip(records, of_records, strict=True):
+        if record.path in before:
+            sides[group] = before[record.path] or sides.get(group, False)
     trained = split_groups(
-        [groups[record.path] or group_of(record.path, split.group_by) for record in records],
+        of_records,
         [record.label for record in records],
         train_fraction=split.train_fraction,
         seed=split.seed,
+        before=sides,
     )
     parts = [
         SplitPart(
             name,
-            output.with_name(f"{output.stem}_{name}.parquet"),
+            _part_path(output, name),
             [r for r, is_trained in zip(records, trained, strict=True) if is_trained == side],
         )
-        for name, side in (("train", True), ("val", False))
+        for name, side in zip(_PARTS, (True, False), strict=True)
     ]
     for part in parts:
         if not part.records:
@@ -171,6 +223,10 @@ def split_records(
                 f"since {_why(split.group_by)}"
             )
     return parts
+
+
+def _part_path(output: Path, name: str) -> Path:
+    return output.with_name(f"{output.stem}_{name}.parquet")
 
 
 def _why(group_by: str | None) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
@@ -37,6 +38,38 @@ def atomic_output(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Refuse, before work is done, an output that cannot be written or would replace an input.
+
+    Args:
+        path: The file to write.
+        inputs: Files that are read; those that do not exist are ignored.
+
+    Raises:
+        ValueError: `path` is a folder or one of `inputs`, or its folder cannot be written.
+    """
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    reason = "it is a folder" if path.is_dir() else None
+    if reason is None:
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = f"{folder} is not a writable folder ({error.strerror or error})"
+    if reason is None and path.exists() and any(_is_same_file(path, x) for x in inputs):
+        reason = "it is also an input"
+    if reason is not None:
+        raise ValueError(f"{path} cannot be written: {reason}; give the path of another file")
+
+
+def _is_same_file(path: Path, other: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # no such file, or not a path
+        return False
 
 
 def remove_unfinished(root: Path, outputs: Iterable[str]) -> None:

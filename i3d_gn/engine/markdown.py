@@ -7,7 +7,7 @@ from i3d_gn.files import printable
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A table of `rows`, the first of which is the header; cells may hold names of files."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell).replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -21,27 +21,30 @@ class DirLock:
 
     Child processes, which may outlive a killed process for a while, do not hold the lock.
 
+    Args:
+        directory: Made if there is none.
+        name: What the user calls it, for messages.
+
     Raises:
         ConfigError: Another process is using it (the message says which, and since when), or it
             cannot be written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "output_dir") -> None:
         self._descriptor: int | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ConfigError(
-                f"output_dir {directory} cannot be written ({error.strerror or error}); use "
-                "another output_dir"
+                f"{name} {directory} cannot be written ({error.strerror or error}); use another one"
             ) from error
         if not lock_file(self._descriptor, wait=False):
             holder = os.read(self._descriptor, 200).decode(errors="replace") or "unknown"
             self.close()
             raise ConfigError(
-                f"{directory} is in use by another process ({holder}); wait for it, stop it, or "
-                "use another output_dir"
+                f"{name} {directory} is in use by another process ({holder}); wait for it, stop "
+                "it, or use another one"
             )
         started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         os.truncate(self._descriptor, 0)

@@ -35,8 +35,11 @@ def table(argv: list[str]) -> int:
         "--curves", type=Path, help="also plot errors over epochs and batch size (Figs. 1 and 5)"
     )
     args = parser.parse_args(argv)
+    from i3d_gn.engine.figures import check_figure_path
     from i3d_gn.imagenet.tables import imagenet_tables, plot, read_image_run
 
+    if args.curves is not None:
+        check_figure_path(args.curves)
     runs = [read_image_run(path) for path in args.runs]
     print(imagenet_tables(runs))
     if args.curves is not None:

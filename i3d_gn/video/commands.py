@@ -6,7 +6,7 @@ from pathlib import Path
 
 from i3d_gn.engine.command import config_parser, start_logging
 from i3d_gn.engine.train_command import train_command
-from i3d_gn.files import print_line
+from i3d_gn.files import check_output, print_line
 
 _CHECKPOINT_HELP = "checkpoint, output_dir of a run, or weights of a video network"
 
@@ -155,15 +155,17 @@ def report(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write")
     parser.add_argument("--html", type=Path, default=Path("report.html"), help="page to write")
     args = parser.parse_args(argv)
+    from i3d_gn.engine.figures import check_figure_path
     from i3d_gn.engine.markdown import markdown_table
     from i3d_gn.video.report import table
     from i3d_gn.video.report.figure import plot
     from i3d_gn.video.report.page import write_page
     from i3d_gn.video.report.runs import read_runs
-    from i3d_gn.video.tables import check_writable
 
-    for path in (args.out, args.html):
-        check_writable(path)
+    check_figure_path(args.out)
+    if args.html.suffix != ".html":
+        raise ValueError(f"{args.html}: its name must end in .html")
+    check_output(args.html)
     runs = read_runs(args.runs)
     print(markdown_table([table.HEADER, *table.rows(runs)]))
     plot(runs, args.out)
@@ -320,14 +322,20 @@ def _extent(text: str) -> tuple[float, bool]:
 
 
 def _positive_float(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return number
 
 
 def _positive_int(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return number

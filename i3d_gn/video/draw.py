@@ -9,8 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 
-from i3d_gn.files import atomic_output
-from i3d_gn.video.tables import check_writable
+from i3d_gn.files import atomic_output, check_output
 from i3d_gn.video_io.h264 import X264Options, write_h264
 
 Pixels = npt.NDArray[np.uint8]
@@ -20,15 +19,15 @@ _TICKS_PER_SECOND = 90_000
 _MOST_OPAQUE = 0.65
 
 
-def check_video_path(path: Path) -> None:
+def check_video_path(path: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse, before work is done, a file that `write_video` could not write.
 
     Raises:
-        ValueError: It is not an .mp4 file, or `check_writable` fails.
+        ValueError: It is not an .mp4 file, or `check_output` fails.
     """
     if path.suffix != ".mp4":
         raise ValueError(f"{path}: its name must end in .mp4")
-    check_writable(path)
+    check_output(path, inputs)
 
 
 def write_video(path: Path, frames: Iterable[tuple[float, Pixels]], *, fps: float) -> None:

@@ -24,11 +24,10 @@ from i3d_gn.data.windows import (
     TestView,
     all_frames,
 )
-from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.figures import check_figure_path, plain_text, save_figure
 from i3d_gn.files import print_line
 from i3d_gn.video.draw import Pixels, check_video_path, heat_overlay, write_video
 from i3d_gn.video.recognizer import Recognizer
-from i3d_gn.video.tables import check_writable
 from i3d_gn.video_io.video_files import VideoFiles, find_videos
 
 _FRAMES_IN_STRIP = 8
@@ -76,12 +75,12 @@ def explain(
         ValueError: The video cannot be decoded, there is no such class or stage, or an output
             cannot be written.
     """
-    check_writable(out)
-    if render is not None:
-        check_video_path(render)
     paths = find_videos(video)
     if len(paths) != 1 or Path(video).is_dir():
         raise ValueError(f"{video} is a folder; give one video")
+    check_figure_path(out, [video, checkpoint])
+    if render is not None:
+        check_video_path(render, [video, checkpoint])
     recognizer = Recognizer.from_checkpoint(checkpoint, overrides=overrides)
     names = recognizer.class_names
     target = None if class_name is None else class_id(names, class_name)
@@ -207,13 +206,16 @@ def _overlays(
 
 
 def _heat(cam: Tensor, length: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """A map (T', H', W') of a window of `length` frames, for the first of them: (n, H, W).
+    """A map (T', H', W') of a window of `length` frames, for those that it has: (n, H, W).
 
-    `shape` is that of their pixels, (n, H, W, 3).
+    In a shorter window the clip loops: a frame has the largest value of all its repetitions.
+    `shape` is that of the pixels, (n, H, W, 3).
     """
-    size = (length, *shape[1:3])
-    heat = F.interpolate(cam[None, None], size=size, mode="trilinear", align_corners=False)
-    return heat[0, 0, : shape[0]].clamp(0, 1).numpy()
+    num_frames, height, width = shape[:3]
+    size = (length, height, width)
+    heat = F.interpolate(cam[None, None], size=size, mode="trilinear", align_corners=False)[0, 0]
+    heat = F.pad(heat, (0, 0, 0, 0, 0, -length % num_frames))  # to whole loops
+    return heat.unflatten(0, (-1, num_frames)).amax(dim=0).clamp(0, 1).numpy()
 
 
 class _Strip:
@@ -256,10 +258,10 @@ class _Strip:
                 axes[row, column].axis("off")
             axes[0, column].set_title(f"{seconds:.1f} s", fontsize=8)
         curve = parts[1, 0].subplots()
-        curve.plot(self._seconds, self._heat, color="C3", lw=1.2)
+        curve.plot(self._seconds, self._heat, color="C3", lw=1.2, marker="." if columns < 2 else "")
         curve.fill_between(self._seconds, self._heat, color="C3", alpha=0.15)
         curve.set(xlabel="seconds", ylabel="evidence", ylim=(0, 1.03))
         curve.margins(x=0)
         curve.tick_params(labelsize=8)
-        figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+        figure.suptitle(plain_text(title), fontsize=10)
         return figure

@@ -24,7 +24,7 @@ from i3d_gn.data.videos import TestVideo
 from i3d_gn.engine.cores import num_workers
 from i3d_gn.engine.distributed import Process
 from i3d_gn.engine.typed_config import to_yaml
-from i3d_gn.files import atomic_output
+from i3d_gn.files import atomic_output, check_output
 from i3d_gn.norm import GroupNorm
 from i3d_gn.video import build
 from i3d_gn.video.classifier import ClipClassifier, Input
@@ -63,8 +63,9 @@ def export_model(
         The largest difference of a score.
 
     Raises:
-        ValueError: `out` has another suffix, packages are missing, the network cannot be loaded, a
-            video cannot be decoded, or the exported program computes something else.
+        ValueError: `out` has another suffix or cannot be written, packages are missing, the network
+            cannot be loaded, a video cannot be decoded, or the exported program computes something
+            else.
     """
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{out}: a network is exported to a file named *.onnx or *.pt2")
@@ -74,6 +75,7 @@ def export_model(
             f"ONNX needs {', '.join(missing)}, which cannot be imported; "
             "pip install 'i3d_gn[export]', or export to *.pt2"
         )
+    check_output(out, [source, *videos])
     trained, config = load_network(source, device=_CPU)
     classifier = make_classifier(trained, config, input)
     any_size = config.test.spatial == "full"

@@ -2,10 +2,11 @@
 
 OUT/settings.json      what the features depend on; another run must have the same to resume
 OUT/<video>.npy        float32 (number of windows, channels)
-OUT/videos.jsonl       one line per video: file, windows, fps, length and every in frames, or
-                       why it is broken; if a video has several lines, the last one counts
+OUT/videos.jsonl       one line per video: file, its origin, windows, fps, length and every in
+                       frames, or why it is broken; of several lines for a video the last one counts
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -27,11 +28,14 @@ from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.engine.typed_config import config_hash
 from i3d_gn.files import atomic_output, file_sha256, write_json
 from i3d_gn.video import build
-from i3d_gn.video.load import load_network, load_weights
+from i3d_gn.video.load import load_network, load_weights, network_file
 from i3d_gn.video.predict import check_some_decoded, report_broken, video_sources
 from i3d_gn.video.recognizer import default_device
 from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.packed import is_url
 from i3d_gn.video_io.video_files import VideoFiles
+
+_ORIGIN = ("video", "bytes", "modified")
 
 
 def features(
@@ -63,24 +67,26 @@ def features(
     files = _output_names(videos, Path(source))
     device = default_device()
     if checkpoint is not None:
-        network, config = load_network(checkpoint, overrides=overrides, device=device)
+        used = network_file(checkpoint)
+        network, config = load_network(used, overrides=overrides, device=device)
     else:
         assert weights is not None
+        used = Path(weights)
         network, config = load_weights(weights, overrides=overrides, device=device)
     clip, test = config.clip, config.test
     length = length or Extent(clip.num_frames * max(1, clip.stride), in_seconds=False)
     every = every or length
-    used = Path(checkpoint or weights or "")
     settings = {
         "network": file_sha256(used) if used.is_file() else str(used),
         "config_sha256": config_hash(config),
         "length": list(length),
         "every": list(every),
     }
-    lock = DirLock(out)
+    lock = DirLock(out, "the output folder")
     ledger = _Ledger(out / "videos.jsonl")
     _check_settings(out / "settings.json", settings, is_new=ledger.is_empty)
-    todo = [v for v, file in enumerate(files) if not ledger.is_done(file, out)]
+    origins = [_origin(videos, video) for video in range(len(videos))]
+    todo = [v for v, file in enumerate(files) if not ledger.is_done(file, origins[v], out)]
     process = Process(0, 1, device)
     to_device = build.to_device(config, process, mean=network.mean, std=network.std)
     model = network.model.eval()
@@ -119,7 +125,7 @@ def features(
                 pooled = torch.cat(computed)
                 _check_finite(pooled, videos.paths[item.video])
                 _save(out / file, pooled.numpy())
-                ledger.add_done(file, item, len(pooled))
+                ledger.add_done(file, origins[item.video], item, len(pooled))
             else:
                 broken.append(str(item.broken))
                 ledger.add_broken(file, str(item.broken))
@@ -175,6 +181,25 @@ def _output_names(videos: VideoIndex | VideoFiles, source: Path) -> list[str]:
     return list(files)
 
 
+def _origin(videos: VideoIndex | VideoFiles, video: int) -> dict[str, Any]:
+    """Which video an array is of: its path or URL, size in bytes and time of modification in ns."""
+    name = videos.paths[video]
+    if isinstance(videos, VideoIndex):
+        if videos.is_packed:
+            return {"video": f"{videos.root}/{name}", "bytes": int(videos.num_bytes[video])}
+        name = str(videos.path_of(video))
+    if is_url(name):
+        return {"video": name}
+    with contextlib.suppress(OSError):  # it will count as broken
+        status = os.stat(name)
+        return {
+            "video": os.path.abspath(name),
+            "bytes": status.st_size,
+            "modified": status.st_mtime_ns,
+        }
+    return {"video": os.path.abspath(name)}
+
+
 def _check_settings(path: Path, settings: dict[str, Any], *, is_new: bool) -> None:
     """Write the settings, or check that they are those of the features that are there."""
     if is_new or not path.is_file():
@@ -197,7 +222,7 @@ class _Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._done: set[str] = set()
+        self._origins: dict[str, dict[str, Any]] = {}  # of the arrays that were written
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in text.splitlines():
             try:
@@ -205,25 +230,41 @@ class _Ledger:
             except ValueError:  # a killed process left half a line
                 continue
             if isinstance(entry, dict) and "error" not in entry:
-                self._done.add(str(entry.get("file")))
+                origin = {key: entry[key] for key in _ORIGIN if key in entry}
+                self._origins[str(entry.get("file"))] = origin
         if text and not text.endswith("\n"):
             self._append("")
 
     @property
     def is_empty(self) -> bool:
         """Whether no array was written yet."""
-        return not self._done
+        return not self._origins
 
-    def is_done(self, file: str, folder: Path) -> bool:
-        """Whether the array of a video was written; broken videos are tried again."""
-        return file in self._done and (folder / file).is_file()
+    def is_done(self, file: str, origin: dict[str, Any], folder: Path) -> bool:
+        """Whether the array of a video was written; broken and changed ones are done again.
 
-    def add_done(self, file: str, item: WindowPart, num_windows: int) -> None:
+        Raises:
+            ValueError: The array is of a video at another place.
+        """
+        before = self._origins.get(file)
+        if before is None or not (folder / file).is_file():
+            return False
+        if before.get("video", origin["video"]) != origin["video"]:
+            raise ValueError(
+                f"{folder / file} holds the features of {before['video']}, not of "
+                f"{origin['video']}; use another output folder, or delete this one"
+            )
+        return before == origin
+
+    def add_done(
+        self, file: str, origin: dict[str, Any], item: WindowPart, num_windows: int
+    ) -> None:
         """Record a video whose array was written."""
         self._append(
             json.dumps(
                 {
                     "file": file,
+                    **origin,
                     "windows": num_windows,
                     "fps": item.fps,
                     "length_frames": item.length,

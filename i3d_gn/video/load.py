@@ -50,9 +50,7 @@ def load_network(
         ConfigError: An override is wrong.
         ValueError: The weights cannot be read.
     """
-    path = Path(source)
-    if path.is_dir():
-        path = _checkpoint_of_run(path)
+    path = network_file(source)
     if is_weights(path):
         return load_weights(str(source), overrides=overrides, device=device, needs_head=True)
     saved = load_checkpoint(path)
@@ -86,6 +84,16 @@ def load_weights(
     config = config_of_values(_config_values(weights, source), Path(source), overrides)
     trained = trained_from_weights(weights, source, config, device, needs_head=needs_head)
     return trained, config
+
+
+def network_file(source: str | Path) -> Path:
+    """The file that `source` stands for: the best or newest checkpoint if it is a run's folder.
+
+    Raises:
+        CheckpointError: There is no checkpoint in the folder.
+    """
+    path = Path(source)
+    return _checkpoint_of_run(path) if path.is_dir() else path
 
 
 def _checkpoint_of_run(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Predict the classes of videos with a trained network."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def predict(
         ValueError: An input or the checkpoint cannot be used, `out` cannot be written, or no video
             could be decoded.
     """
-    if out is not None:
-        check_table_path(out)
     sources = video_sources(inputs)
+    if out is not None:
+        check_table_path(out, [checkpoint, *input_files(inputs, sources)])
     recognizer = Recognizer.from_checkpoint(checkpoint, overrides=overrides)
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
@@ -93,6 +93,18 @@ def video_sources(inputs: Sequence[str]) -> list[VideoIndex | VideoFiles]:
         else:
             files += find_videos(item)
     return [VideoFiles(files), *sources] if files else sources
+
+
+def input_files(
+    inputs: Sequence[str], sources: Sequence[VideoIndex | VideoFiles]
+) -> Iterator[str | Path]:
+    """The files that `inputs` and their videos are, which no output may replace."""
+    yield from inputs
+    for source in sources:
+        if isinstance(source, VideoFiles):
+            yield from source.paths
+        elif not source.is_packed:
+            yield from map(source.path_of, range(len(source)))
 
 
 def check_some_decoded(broken: Sequence[str], num_videos: int) -> None:

@@ -1,42 +1,27 @@
 """Rows of results as a CSV, JSON or Parquet file, by its name."""
 
 import csv
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from i3d_gn.files import atomic_output, write_json
+from i3d_gn.files import atomic_output, check_output, write_json
 
 _SUFFIXES = (".csv", ".json", ".parquet")
 
 
-def check_table_path(path: Path) -> None:
+def check_table_path(path: Path, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse, before work is done, a file that `write_table` could not write.
 
     Raises:
-        ValueError: The name does not end in a known format, or `check_writable` fails.
+        ValueError: The name does not end in a known format, or `check_output` fails.
     """
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{path}: its name must end in {', '.join(_SUFFIXES)}")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse, before work is done, an output file in a folder that cannot be written.
-
-    Raises:
-        ValueError: It is a folder, or its folder cannot be written.
-    """
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        reason = "it is a folder" if path.is_dir() else f"{folder} is not a writable folder"
-        raise ValueError(f"{path} cannot be written: {reason}; give the path of another file")
+    check_output(path, inputs)
 
 
 def write_table(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:

@@ -15,16 +15,21 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from i3d_gn.data.clips import clip_indices, clip_span, spaced_starts
+from i3d_gn.data.clips import clip_indices, spaced_starts
 from i3d_gn.data.videos import TestVideo
 from i3d_gn.data.windows import Crop, Extent, SlidingWindows, TestView, WindowPart, all_frames
-from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.figures import check_figure_path, plain_text, save_figure
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.files import printable
 from i3d_gn.video.draw import Pixels, check_video_path, write_video
-from i3d_gn.video.predict import check_some_decoded, report_broken, video_sources
+from i3d_gn.video.predict import (
+    check_some_decoded,
+    input_files,
+    report_broken,
+    video_sources,
+)
 from i3d_gn.video.recognizer import Recognizer, top_classes
-from i3d_gn.video.tables import check_table_path, check_writable, write_table
+from i3d_gn.video.tables import check_table_path, write_table
 from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.index import VideoIndex
@@ -63,16 +68,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class _CoveringClips:
-    """As many clips as cover a window, evenly spaced from its start to its end."""
+    """As many clips as cover a window, evenly spaced from its start to its end.
+
+    A clip covers `num_frames` times `stride` frames, as by default in `features` and `explain`.
+    """
 
     num_frames: int
     stride: int
 
     def __call__(self, num_frames: int, _length: int) -> npt.NDArray[np.int64]:
         """See `SlidingWindows`."""
+        covered = self.num_frames * max(1, self.stride)
         starts = spaced_starts(
             num_frames,
-            num_clips=-(-num_frames // clip_span(self.num_frames, self.stride)),
+            num_clips=-(-num_frames // covered),
             num_frames=self.num_frames,
             stride=self.stride,
             spacing="uniform",
@@ -155,13 +164,14 @@ def predict_timeline(
     Raises:
         ValueError: As `predict`.
     """
-    if out is not None:
-        check_table_path(out)
-    if render is not None:
-        check_video_path(render)
-    if plot is not None:
-        check_writable(plot)
     sources = video_sources(inputs)
+    read = [checkpoint, *input_files(inputs, sources)]
+    if out is not None:
+        check_table_path(out, read)
+    if render is not None:
+        check_video_path(render, read)
+    if plot is not None:
+        check_figure_path(plot, read)
     num_videos = sum(map(len, sources))
     if num_videos > 1 and (render or plot):
         raise ValueError(f"{num_videos} videos cannot be drawn; give one video")
@@ -229,7 +239,7 @@ def plot_timeline(path: Path, moments: Sequence[Moment], class_names: tuple[str,
     axes = figure.subplots()
     middles = [moment.middle for moment in moments]
     for k in chosen:
-        name = class_names[k].replace("$", r"\$")
+        name = plain_text(class_names[k])
         axes.plot(middles, matrix[:, k], marker="." if len(moments) < 200 else "", label=name)
     axes.set(xlabel="seconds", ylabel="probability", ylim=(0, 1.02))
     axes.set_xlim(moments[0].start_seconds, moments[-1].end_seconds)

@@ -99,13 +99,15 @@ def trained_from_weights(
     report = build.load_weights(model, weights)
     if needs_head and report.left_at_init:
         raise CheckpointError(
-            f"{path} is not a trained network of this config: it has no weights for "
-            f"{', '.join(report.left_at_init)}"
+            f"{path} is not a trained network of this config: it has no "
+            f"{', '.join(report.left_at_init)} for {config.model.num_classes} classes; use weights "
+            "with this classifier, or for features i3d-gn features --weights"
         )
     mean, std = config.data.mean or report.info.mean, config.data.std or report.info.std
     if mean is None or std is None:
         raise CheckpointError(
-            f"{path} does not say how clips must be normalized; set data.mean and data.std"
+            f"{path} does not say how clips must be normalized; set data.mean and data.std, such "
+            "as data.mean=[0.485,0.456,0.406] and data.std=[0.229,0.224,0.225]"
         )
     names = report.info.class_names if needs_head else None
     return TrainedNetwork(model, mean, std, class_names=names, config=None, step=None)

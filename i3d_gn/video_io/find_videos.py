@@ -43,6 +43,15 @@ def is_video_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS
 
 
+def check_name(path: str, where: str = "") -> None:
+    """Raise ValueError if the name of a file is not UTF-8: no list, index or table can hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        place = f" {where}" if where else ""
+        raise ValueError(f"a file name{place} is not UTF-8, rename it: {path!a}") from None
+
+
 def find_files(root: Path) -> FoundFiles:
     """Find all files under `root`.
 
@@ -71,10 +80,5 @@ def find_files(root: Path) -> FoundFiles:
                 else:
                     others.append(path.encode(errors="backslashreplace").decode())
     for path in videos:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"a file name below {root} is not UTF-8, rename it: {path!a}"
-            ) from None
+        check_name(path, f"below {root}")
     return FoundFiles(sorted(videos), sorted(others))

@@ -17,7 +17,7 @@ import numpy as np
 
 from i3d_gn.video_io.decode import probe_video
 from i3d_gn.video_io.errors import VideoDecodeError
-from i3d_gn.video_io.find_videos import find_files
+from i3d_gn.video_io.find_videos import check_name, find_files
 from i3d_gn.video_io.index import VideoSource
 from i3d_gn.video_io.index_table import UNKNOWN_LABEL
 from i3d_gn.video_io.packed import is_url
@@ -88,8 +88,9 @@ def find_videos(source: str) -> list[str]:
     """The videos that `source` stands for: a file, a folder (all videos below it), or a URL.
 
     Raises:
-        ValueError: There is no such file, or no video in the folder.
+        ValueError: There is no such file, no video in the folder, or a name is not UTF-8.
     """
+    check_name(source)
     if is_url(source):
         return [source]
     path = Path(source)

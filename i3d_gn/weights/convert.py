@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i3d_gn.engine.command import start_logging
-from i3d_gn.files import print_line
+from i3d_gn.files import check_output, print_line
 from i3d_gn.weights.info import STEM_NAMES
 from i3d_gn.weights.tensor_names import first_names
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.std is not None and min(args.std) <= 0:
         raise ValueError(f"--std {args.std}: every value must be positive")
+    check_output(args.dest, [args.source])
     start_logging()
     # They import torch, without which --help takes a tenth of the time.
     from i3d_gn.weights.read import read_weights, write_weights  # noqa: PLC0415

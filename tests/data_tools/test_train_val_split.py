@@ -176,7 +176,74 @@ def test_groups_may_be_named_in_a_column_of_the_list(videos, tmp_path, capsys):
     assert error_of(videos, *options[1:], "scene").endswith("videos, which has no named columns")
 
 
-def test_fraction_outside_of_0_and_1_is_an_error(videos, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        *((value, f"{value} is not between 0 and 1") for value in ("1.5", "0", "1", "-0.5", "nan")),
+        *(
+            (value, f"'{value}' is neither the name of a split nor a fraction such as 0.8")
+            for value in ("80%", "4/5", "0.8x", "-a")
+        ),
+    ],
+)
+def test_split_that_is_neither_name_nor_fraction_is_an_error(videos, tmp_path, capsys, value, line):
     with pytest.raises(SystemExit):
-        run(videos, tmp_path / "own.parquet", "--split", "1.5")
-    assert "1.5 is not between 0 and 1" in capsys.readouterr().err
+        run(videos, tmp_path / "own.parquet", f"--split={value}")
+    assert f"argument --split: {line}" in capsys.readouterr().err
+
+
+def test_class_folders_have_no_named_splits(videos, tmp_path, capsys):
+    assert run(videos, tmp_path / "own.parquet", "--split", "val") == 2
+    error = capsys.readouterr().err
+    assert "which has no named splits: pass the folder of val as SOURCE, or a fraction" in error
+    assert not list(tmp_path.glob("own*"))
+
+
+def test_small_classes_keep_their_sides_when_videos_are_added(tmp_path, place_clip):
+    """Without the earlier indexes walk/2.mp4 would move to validation."""
+    folder, output = tmp_path / "videos", tmp_path / "own.parquet"
+
+    def sides():
+        assert run(folder, output, "--split", "0.8") == 0
+        return {
+            path: name
+            for name in ("train", "val")
+            for path in VideoIndex.load(tmp_path / f"own_{name}.parquet").paths
+        }
+
+    def place(first, last):
+        for label in ("run", "walk"):
+            for number in range(first, last):
+                place_clip(folder / label / f"{number}.mp4")
+
+    place(0, 3)
+    before = sides()
+    place(3, 8)
+    after = sides()
+    assert {path for path, side in before.items() if side == "train"} <= {
+        path for path, side in after.items() if side == "train"
+    }
+    counts = [sum(side == "val" for path, side in after.items() if path.startswith(label))
+              for label in ("run", "walk")]  # fmt: skip
+    assert counts == [2, 2]
+    assert before["walk/2.mp4"] == "train"
+
+
+def test_groups_of_an_earlier_split_never_leave_training():
+    groups, labels = [f"g{i}" for i in range(10)], [0] * 10
+    fresh = split_groups(groups, labels, train_fraction=0.5, seed=0)
+    before = dict.fromkeys(groups[:9], True)
+    kept = split_groups(groups, labels, train_fraction=0.5, seed=0, before=before)
+    assert kept[:9] == [True] * 9
+    assert not kept[9]  # the only one that may be for validation
+    before = dict(zip(groups, (not side for side in fresh), strict=True))
+    swapped = split_groups(groups, labels, train_fraction=0.5, seed=0, before=before)
+    assert swapped == [not side for side in fresh]
+
+
+def test_another_seed_splits_anew(videos, tmp_path):
+    def train(seed):
+        assert run(videos, tmp_path / "own.parquet", "--split", "0.5", "--seed", str(seed)) == 0
+        return tuple(sorted(VideoIndex.load(tmp_path / "own_train.parquet").paths))
+
+    assert len({train(seed) for seed in range(5)}) > 1

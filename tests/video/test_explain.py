@@ -12,7 +12,7 @@ from i3d_gn import cli
 from i3d_gn.models import i3d_tiny
 from i3d_gn.video.config import config_of_values
 from i3d_gn.video.draw import heat_overlay
-from i3d_gn.video.explain import evidence_of, grad_cam
+from i3d_gn.video.explain import _heat, evidence_of, grad_cam
 from i3d_gn.video.recognizer import Recognizer
 from i3d_gn.video.trained import TrainedNetwork
 from i3d_gn.video_io.decode import decode_frames, probe_video
@@ -161,6 +161,7 @@ def test_heat_covers_pixels_in_proportion():
         ),
         (["--stage", "head"], "the output of 'head' is not (N, C, T, H, W); choose another module"),
         (["--render", "x.avi"], "x.avi: its name must end in .mp4"),
+        (["--out", "x.gif"], "x.gif: its name must end in .png, .pdf, .svg"),
     ],
 )
 def test_bad_input_is_one_line_and_no_file(
@@ -175,3 +176,14 @@ def test_bad_input_is_one_line_and_no_file(
 
 def test_no_evidence_is_said(recognizer, video):
     assert evidence_of(recognizer, VideoFiles([str(video)]), 2, "colors").peak == 0
+
+
+def test_evidence_in_repetitions_of_a_short_window_counts():
+    """8 positions of 3 frames: 0 1 2 0 1 2 0 1; only the sixth and the seventh have evidence."""
+    cam = torch.zeros(8, 1, 1)
+    cam[5], cam[6] = 0.5, 1.0
+    heat = _heat(cam, 8, (3, 2, 2, 3))
+    assert heat.shape == (3, 2, 2)
+    assert heat[:, 0, 0].tolist() == [1.0, 0.0, 0.5]
+    whole = _heat(cam, 8, (8, 2, 2, 3))
+    assert whole[:, 1, 1].tolist() == cam.flatten().tolist()

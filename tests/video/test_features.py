@@ -9,6 +9,7 @@ import torch
 
 from i3d_gn import cli
 from i3d_gn.data.transforms import evaluation_crops, normalize_clips
+from i3d_gn.engine.checkpoint import BEST, load_checkpoint, save_named
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video.load import load_network
 from i3d_gn.video_io.decode import decode_frames
@@ -55,9 +56,11 @@ def test_features_are_those_of_each_clip_alone(trained_checkpoint, index, spatia
                     model(normalize_clips(clip, network.mean, network.std))
                 rows.append(seen["x"][0].numpy())
             np.testing.assert_allclose(row, np.mean(rows, axis=0), rtol=1e-4, atol=1e-5)
+    status = index.path_of(0).stat()
     assert lines(out)[0] == {
-        "file": index.paths[0].replace(".mp4", ".npy"), "windows": 3, "fps": lines(out)[0]["fps"],
-        "length_frames": 14, "every_frames": 3,
+        "file": index.paths[0].replace(".mp4", ".npy"), "video": str(index.path_of(0)),
+        "bytes": status.st_size, "modified": status.st_mtime_ns, "windows": 3,
+        "fps": lines(out)[0]["fps"], "length_frames": 14, "every_frames": 3,
     }  # fmt: skip
 
 
@@ -133,3 +136,43 @@ def test_two_videos_with_one_output_are_refused(trained_checkpoint, index, tmp_p
         shutil.copy(index.path_of(0), tmp_path / name)
     assert run(tmp_path, tmp_path / "out", "--checkpoint", trained_checkpoint) == 2
     assert "a.mkv and a.mp4 would both be written to a.npy" in capsys.readouterr().err
+
+
+def test_array_of_another_video_of_the_same_name_is_not_taken(
+    trained_checkpoint, index, tmp_path, capsys
+):
+    out, network = tmp_path / "out", ["--checkpoint", trained_checkpoint]
+    for video, folder in enumerate(("train", "val")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(index.path_of(video), tmp_path / folder / "1.mp4")
+    assert run(tmp_path / "train", out, *network) == 0
+    first = np.load(out / "1.npy")
+    assert run(tmp_path / "val", out, *network) == 2
+    train, val = (tmp_path / folder / "1.mp4" for folder in ("train", "val"))
+    line = f"error: {out}/1.npy holds the features of {train}, not of {val}; use another output"
+    assert line in capsys.readouterr().err
+    shutil.copy(val, train)  # replaced: its features are computed again
+    assert run(tmp_path / "train", out, *network) == 0
+    assert np.abs(np.load(out / "1.npy") - first).max() > 1e-3
+
+
+def test_run_folder_with_another_checkpoint_is_another_network(
+    trained_checkpoint, index, tmp_path, capsys
+):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(trained_checkpoint, checkpoints / trained_checkpoint.name)
+    command = [index.path_of(0), tmp_path / "out", "--checkpoint", tmp_path / "run"]
+    assert run(*command) == 0
+    assert run(*command) == 0
+    saved = load_checkpoint(trained_checkpoint)
+    saved["model"]["head.linear.bias"] += 1
+    save_named(checkpoints, BEST, step=2, contents=saved)
+    assert run(*command) == 2
+    assert "holds features with other settings (network)" in capsys.readouterr().err
+
+
+def test_output_that_is_a_file_is_one_line(trained_checkpoint, index, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert run(index.path_of(0), tmp_path / "out", "--checkpoint", trained_checkpoint) == 2
+    assert f"error: the output folder {tmp_path}/out cannot be written" in capsys.readouterr().err

@@ -248,6 +248,8 @@ def test_network_of_the_demo_knows_the_motions(index):
         (["{video}", "--checkpoint", "{video}"], "{video}: cannot be read as a checkpoint"),
         (["{video}", "--out", "{folder}/x.txt"], "{folder}/x.txt: its name must end in .csv, .js"),
         (["{video}", "--out", "{video}/x.csv"], "{video}/x.csv cannot be written: {video} is not"),
+        (["{video}", "--out", "/proc/x.csv"], "/proc/x.csv cannot be written: /proc is not a wri"),
+        (["{folder}/\udcff.mp4"], "a file name is not UTF-8, rename it: "),
         (["{video}", "--set", "test.clips=3"], "override 'test.clips=3': unknown key"),
         (["{video}", "--set", "model.norm=bn"], "{checkpoint}: does not match the model"),
     ],
@@ -271,3 +273,52 @@ def test_network_of_images_is_refused(trained_checkpoint, index, tmp_path, capsy
     torch.save(saved, path)
     assert run(index.path_of(0), "--checkpoint", path) == 2
     assert "is not of a video network" in capsys.readouterr().err
+
+
+def test_output_never_replaces_an_input(trained_checkpoint, motion_set, tmp_path, capsys):
+    index = VideoIndex.load(motion_set.val_index)
+    video, table = tmp_path / "video.mp4", motion_set.folder / "copy.parquet"
+    shutil.copy(index.path_of(0), video)
+    shutil.copy(motion_set.val_index, table)
+    (tmp_path / "link.mp4").symlink_to(video)
+    before = {path: path.read_bytes() for path in (video, table)}
+    network = ["--checkpoint", str(trained_checkpoint)]
+    for command in (
+        ["predict", table, "--out", table],
+        ["predict", video, "--window", "1", "--render", tmp_path / "link.mp4"],
+        ["predict", tmp_path, "--window", "1", "--render", video],
+        ["explain", video, "--out", tmp_path / "e.png", "--render", video],
+    ):
+        assert cli.main([*map(str, command), *network]) == 2
+        assert "cannot be written: it is also an input" in capsys.readouterr().err
+    checkpoint = tmp_path / "x.onnx"
+    shutil.copy(trained_checkpoint, checkpoint)
+    assert cli.main(["export-model", str(checkpoint), str(checkpoint)]) == 2
+    assert "cannot be written: it is also an input" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert cli.main(["predict", str(video), *network, "--out", str(tmp_path / "x.csv")]) == 0
+    assert cli.main(["predict", str(video), *network, "--out", str(tmp_path / "x.csv")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("--top-k", "few", "'few' is not a whole number of at least 1"),
+        ("--top-k", "0", "'0' is not a whole number of at least 1"),
+        ("--window", "long", "'long' is not a positive number"),
+        ("--every", "nan", "'nan' is not a positive number"),
+    ],
+)
+def test_numbers_of_options_say_what_they_must_be(option, value, line, capsys):
+    with pytest.raises(SystemExit):
+        run("video.mp4", "--checkpoint", "x.pt", option, value)
+    assert f"argument {option}: {line}" in capsys.readouterr().err
+
+
+def test_weights_with_another_classifier_are_refused(trained_checkpoint, index, tmp_path, capsys):
+    weights = tmp_path / "w.safetensors"
+    assert cli.main(["convert", str(trained_checkpoint), str(weights)]) == 0
+    options = ["--checkpoint", weights, "--set", "model.num_classes=7"]
+    assert run(index.path_of(0), *options) == 2
+    line = "it has no head.linear.weight, head.linear.bias for 7 classes; use weights with this"
+    assert line in capsys.readouterr().err

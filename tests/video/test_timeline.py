@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from i3d_gn import cli
+from i3d_gn.engine.figures import save_figure
 from i3d_gn.video import Recognizer, draw
 from i3d_gn.video.timeline import Moment, plot_timeline, render_timeline, timeline
 from i3d_gn.video_io.decode import decode_frames, probe_video
@@ -108,6 +109,28 @@ def test_plot_shows_the_classes_that_win(tmp_path, monkeypatch):
     assert [line.get_label() for line in lines] == ["a", "c"]
     assert lines[1].get_xdata().tolist() == [0.5, 1.5]
     assert lines[1].get_ydata().tolist() == [0.1, 0.5]
+
+
+def test_any_class_name_is_in_the_legend(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "i3d_gn.video.timeline.save_figure",
+        lambda figure, path: [save_figure(figure, path), figures.append(figure)],
+    )
+    names = ("_hidden", "$x$ and $y", "a\x1b[1m")
+    moments = [Moment(i, i + 1.0, np.eye(3)[i]) for i in range(3)]
+    plot_timeline(tmp_path / "p.png", moments, names)
+    texts = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert texts == [" _hidden", r"\$x\$ and \$y", r"a\x1b[1m"]
+
+
+def test_window_of_one_training_clip_takes_one_clip(recognizer, index, monkeypatch):
+    """Of 8 x 2 frames: one clip covers 16, as in `features`."""
+    clips = []
+    score = recognizer.score
+    monkeypatch.setattr(recognizer, "score", lambda item: clips.append(item.clips) or score(item))
+    assert len(list(timeline(recognizer, index, 0, window=16 / 25, every=1.0))) == 1
+    assert [item.shape for item in clips] == [(1, 8)]
 
 
 def test_broken_videos_are_listed(trained_checkpoint, index, tmp_path, capsys):

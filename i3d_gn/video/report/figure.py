@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from i3d_gn.engine.figures import save_figure
+from i3d_gn.engine.figures import plain_text, save_figure
 from i3d_gn.video.report.charts import thin
 from i3d_gn.video.report.curves import chance_error
 from i3d_gn.video.report.page import describe
@@ -67,7 +67,13 @@ def _draw_strips(part: SubFigure, strips: list[Any]) -> None:
         axes.imshow(strip.pixels, aspect="equal")
         axes.set_axis_off()
         axes.text(
-            0, 1.04, strip.caption, transform=axes.transAxes, va="bottom", fontsize=9, color=_MUTED
+            0,
+            1.04,
+            plain_text(strip.caption),
+            transform=axes.transAxes,
+            va="bottom",
+            fontsize=9,
+            color=_MUTED,
         )
     title = {"fontsize": 10.5, "fontweight": "bold", "loc": "left", "pad": 20}
     panels[0].set_title("Training clips, as the network sees them", **title)
@@ -84,7 +90,7 @@ def _draw_errors(axes: Axes, runs: list[Run], *, has_legend: bool) -> None:
                 solid = kind == "val"
                 axes.plot(
                     x, 100 - y, style, color=color, lw=2 if solid else 1,
-                    alpha=1 if solid else 0.75, label=run.name if solid else None,
+                    alpha=1 if solid else 0.75, label=plain_text(run.name) if solid else None,
                 )  # fmt: skip
         results = {} if run.test is None else run.test.results
         if "top1" in results and results["step"] is not None:
@@ -119,7 +125,12 @@ def _draw_accuracies(axes: Axes, runs: list[Run]) -> None:
     for row, (run, value) in enumerate(zip(runs, values, strict=True)):
         offset = {"textcoords": "offset points", "va": "bottom", "annotation_clip": False}
         axes.annotate(
-            run.name, (0, row - 0.15), xytext=(0, 15), color=colors[row], weight="bold", **offset
+            plain_text(run.name),
+            (0, row - 0.15),
+            xytext=(0, 15),
+            color=colors[row],
+            weight="bold",
+            **offset,
         )
         axes.annotate(
             describe(run), (0, row - 0.15), xytext=(0, 3), color=_MUTED, fontsize=9, **offset
