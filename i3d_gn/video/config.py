@@ -118,7 +118,8 @@ class TrainConfig(Recipe):
     clips_per_gpu: int = 8  # the batch of BN's statistics, on any number of GPUs
     channels_last: bool | None = None  # None: what was measured to be faster
     validate_multi_clip: bool = False  # also run the multi-clip test at each validation
-    precise_bn_iterations: int = 200  # global batches before each validation; BN only
+    # global batches before each validation; 0: the moving averages of training; BN only
+    precise_bn_iterations: int = 200
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,6 @@ def _check_values(config: Config, path: Path) -> None:
             "model.channels_per_group",
             "clip.num_frames",
             "clip.crop_size",
-            "train.precise_bn_iterations",
             "test.num_clips",
             "test.short_side",
             "test.clips_per_forward",
@@ -273,6 +273,7 @@ def _check_values(config: Config, path: Path) -> None:
             "model.num_classes",
             "clip.stride",
             "train.lr_multipliers",
+            "train.precise_bn_iterations",
             "train.mixup",
             "train.cutmix",
             "clip.rand_augment",

@@ -136,7 +136,7 @@ class VideoTraining(ClassificationTask):
     def validate(self, model: nn.Module, step: int, log: RunLog) -> None:
         """Update BN's statistics if there are any, then score the validation videos."""
         config, recipe = self.config, self.config.train
-        if get_bn_modules(model):
+        if recipe.precise_bn_iterations and get_bn_modules(model):
             batches = self._shuffled(
                 Stream.PRECISE_BN_CLIP, range(recipe.precise_bn_iterations), salt=step
             )

@@ -288,6 +288,11 @@ def test_key_reaches_its_object(key, small_run, one_process, tmp_path, monkeypat
     assert observe(changed) == expected
 
 
+def test_without_precise_bn_the_moving_averages_stay(small_run, one_process, tmp_path, monkeypatch):
+    config = small_run("train.precise_bn_iterations=0", "model.norm=bn")
+    assert precise_bn_batches(Built(config, one_process, tmp_path, monkeypatch)) == []
+
+
 def test_every_key_is_covered():
     keys = set()
     for field in dataclasses.fields(Config):
