@@ -1,5 +1,7 @@
 """Normalization of convolution kernels, instead of or in addition to normalizing activations."""
 
+import re
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -8,6 +10,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 KernelNorm = Literal["weight_norm", "weight_standardization"]
+
+# How `torch.nn.utils.parametrize` names what a kernel is computed from.
+_REPARAMETRIZED = re.compile(r"(.*)\.parametrizations\.weight\.original([01]?)")
 
 
 class WeightStandardization(nn.Module):
@@ -47,3 +52,33 @@ def normalize_kernels(model: nn.Module, kind: str) -> None:
                 weight_norm(module, dim=0)
             else:
                 parametrize.register_parametrization(module, "weight", WeightStandardization())
+
+
+def kernel_name(name: str) -> str:
+    """The name of a kernel if `name` is of a tensor that `normalize_kernels` made of it."""
+    match = _REPARAMETRIZED.fullmatch(name)
+    return f"{match[1]}.weight" if match else name
+
+
+def computed_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network with the kernels that it computes with, under their plain names.
+
+    Args:
+        tensors: A state dict, with or without kernels that `normalize_kernels` reparametrized.
+
+    Raises:
+        ValueError: A kernel with weight normalization lacks its norms.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _REPARAMETRIZED.fullmatch(name)
+        if match is None:
+            plain[name] = tensor
+        elif not match[2]:
+            plain[kernel_name(name)] = WeightStandardization()(tensor)
+        elif match[2] == "1":
+            norms = tensors.get(name.removesuffix("1") + "0")
+            if norms is None:
+                raise ValueError(f"{name} has no norms: {name.removesuffix('1')}0 is missing")
+            plain[kernel_name(name)] = torch._weight_norm(tensor, norms, 0)
+    return plain

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from i3d_gn.norm.weight_norm import computed_kernels, kernel_name
 from i3d_gn.weights.download import download_weights, is_published_name, is_torchvision_name
 from i3d_gn.weights.files import read_weight_file, write_safetensors
 from i3d_gn.weights.info import WeightsInfo
@@ -83,6 +84,8 @@ def read_weights(
         content, info = read_weight_file(path)
     found, others = find_entry(content, entry, origin)
     tensors, unused = _tensors_of(found)
+    _check_tensors({k: v for k, v in tensors.items() if kernel_name(k) != k}, origin)
+    tensors = computed_kernels(tensors)
     naming = naming_of(tensors)
     assert naming is not None
     source_names = _source_names(tensors, naming, origin)

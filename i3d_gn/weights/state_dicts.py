@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from i3d_gn.norm.weight_norm import kernel_name
 from i3d_gn.weights.tensor_names import NAMING_SIGNS, first_names
 
 # Exponential moving averages of the weights, as timm and torchvision's references save them beside
@@ -95,11 +96,11 @@ def _prefixes(content: Mapping[Any, Any]) -> Sequence[str]:
     """Prefixes of tensor names that make them names of a known network."""
     return sorted(
         {
-            name.removesuffix(sign)
+            plain.removesuffix(sign)
             for name, value in content.items()
             if isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
             for _, sign in NAMING_SIGNS
-            if name == sign or name.endswith(f".{sign}")
+            if (plain := kernel_name(name)) == sign or plain.endswith(f".{sign}")
         }
     )
 

@@ -7,7 +7,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from i3d_gn.models import I3D, i3d_resnet50, i3d_small, i3d_tiny
 from i3d_gn.models.inflate import NormMismatchError, inflate_kernel, load_imagenet_weights
 from i3d_gn.models.resnet2d import resnet_small, resnet_tiny
-from i3d_gn.norm import GroupNorm
+from i3d_gn.norm import GroupNorm, normalize_kernels
 from i3d_gn.weights.files import write_safetensors
 from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import read_weights
@@ -261,6 +261,27 @@ def test_own_image_networks_inflate_whole(image, video, norm):
         if not name.startswith("head."):
             kernel = network.state_dict()[name]
             torch.testing.assert_close(tensor.sum(2) if tensor.dim() == 5 else tensor, kernel)
+
+
+@pytest.mark.parametrize("kernel_norm", [None, "weight_standardization"])
+def test_standardized_image_network_inflates_to_the_same_features(kernel_norm):
+    """Into plain kernels, and into standardized ones: of 3 equal frames, 3 times as large."""
+    torch.manual_seed(0)
+    network = resnet_tiny("gn", 3)
+    normalize_kernels(network, "weight_standardization")
+    randomize_(network)
+    model = i3d_tiny("gn", num_classes=5, pool_padding=1)
+    if kernel_norm is not None:
+        normalize_kernels(model, kernel_norm)
+    load_imagenet_weights(model, network.state_dict())
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    outputs = []
+    with network.res5.register_forward_hook(lambda _m, _i, y: outputs.append(y)), torch.no_grad():
+        network.eval()(images)
+    features = clip_features(model, static_clip(images, 64))
+    middle = features[:, :, features.shape[2] // 2]
+    correlation = torch.corrcoef(torch.stack([middle.flatten(), outputs[0].flatten()]))[0, 1]
+    assert correlation > 0.99  # the statistics of GN include the borders in time
 
 
 @pytest.mark.parametrize(

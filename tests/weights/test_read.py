@@ -15,9 +15,9 @@ from torchvision.transforms.v2.functional import normalize
 from i3d_gn import cli
 from i3d_gn.models import I3D, i3d_resnet50
 from i3d_gn.models.inflate import load_imagenet_weights
-from i3d_gn.models.resnet2d import ResNet2d, resnet50, resnet101
+from i3d_gn.models.resnet2d import ResNet2d, resnet50, resnet101, resnet_tiny
 from i3d_gn.models.vgg import VGG16
-from i3d_gn.norm import make_norm
+from i3d_gn.norm import make_norm, normalize_kernels
 from i3d_gn.weights.info import WeightsInfo
 from i3d_gn.weights.read import Weights, export_names, read_weights, write_weights
 from i3d_gn.weights.tensor_names import first_names
@@ -483,3 +483,31 @@ def test_real_weights_with_stride_in_1x1(shared_data, tmp_path, images):
     with pytest.raises(ValueError, match=r"has stride_in=3x3 where the weights need 1x1"):
         load_imagenet_weights(i3d_resnet50("bn", 5), path)
     load_imagenet_weights(i3d_resnet50("bn", 5, stride_in="1x1"), path)
+
+
+@pytest.mark.parametrize("kind", ["weight_standardization", "weight_norm"])
+def test_reparametrized_kernels_are_read_as_what_the_network_computes_with(kind):
+    torch.manual_seed(0)
+    network = resnet_tiny("gn", 5)
+    normalize_kernels(network, kind)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    weights = read_weights({"module." + k: v for k, v in network.state_dict().items()})
+    plain = resnet_tiny("gn", 5)
+    plain.load_state_dict(weights.tensors)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), network.eval()(images))
+
+
+def test_reparametrized_kernels_that_are_incomplete_or_not_finite_are_refused():
+    network = resnet_tiny("gn", 5)
+    normalize_kernels(network, "weight_norm")
+    state = network.state_dict()
+    name = "res3.0.conv2.parametrizations.weight.original"
+    with pytest.raises(ValueError, match=re.escape(f"{name}1 has no norms: {name}0 is missing")):
+        read_weights({k: v for k, v in state.items() if k != f"{name}0"})
+    state[f"{name}1"] = state[f"{name}1"] * torch.inf
+    with pytest.raises(ValueError, match=re.escape(f"{name}1 is NaN or infinite")):
+        read_weights(state)
