@@ -19,7 +19,8 @@ Videos named by id are searched in all folders below --videos, as <id>_<start>_<
 Every video is opened to read its number of frames, frame rate and size. Videos that are missing,
 duplicated, empty or cannot be opened are not indexed; OUTPUT.report.json lists them with reasons.
 With --split 0.8, four fifths of the videos of every class are for training: NAME_train.parquet and
-NAME_val.parquet are written instead of OUTPUT. A video stays on its side when others are added.
+NAME_val.parquet are written instead of OUTPUT. No video changes from training to validation when
+others are added.
 
 Results are recorded in OUTPUT.ledger.jsonl: run the same command again to resume, or to add videos;
 only new and changed files are opened.

@@ -116,7 +116,9 @@ def predict(argv: list[str]) -> int:
     group.add_argument(
         "--render", type=Path, metavar="FILE", help="write the video with its classes, .mp4"
     )
-    group.add_argument("--plot", type=Path, metavar="FILE", help="plot the timeline, .png")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot the timeline, .png, .pdf or .svg"
+    )
     args = parser.parse_args(argv)
     if args.window is None and (args.every or args.render or args.plot):
         parser.error("--every, --render and --plot need --window")
@@ -152,8 +154,18 @@ def report(argv: list[str]) -> int:
         "curves, classes, confusions and test videos and opens from disk.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="figure to write")
-    parser.add_argument("--html", type=Path, default=Path("report.html"), help="page to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        help="figure to write, .png, .pdf or .svg (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        default=Path("report.html"),
+        help="page to write, .html (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     from i3d_gn.engine.figures import check_figure_path
     from i3d_gn.engine.markdown import markdown_table
