@@ -18,7 +18,7 @@ import io
 from pathlib import Path, PurePosixPath
 
 from data_tools.command_line import new_parser, parse_options, run_script
-from i3d_gn.files import write_json, write_text
+from i3d_gn.files import check_output, write_json, write_text
 from i3d_gn.video_io.index import VideoIndex
 
 FORMATS = ("list", "csv", "json", "labels")
@@ -43,9 +43,11 @@ def export_list(index: Path, output: Path, *, format: str, absolute: bool, split
     """Write `output` and return the exit status.
 
     Raises:
-        ValueError: For an index that cannot be read, or cannot be written in this format.
+        ValueError: For an index that cannot be read, or cannot be written in this format, and for
+            an output that cannot be written.
     """
     videos = VideoIndex.load(index)
+    check_output(output, [index])
     if videos.is_packed and format != "labels":
         raise ValueError(
             f"{index} lists packed videos, which have no paths; export the index that was packed"

@@ -35,7 +35,7 @@ from data_tools.command_line import (
 )
 from data_tools.file_status import file_fingerprint, has_size
 from data_tools.step import Item, RunOptions, print_unfinished, run_step
-from i3d_gn.files import atomic_output, check_regular, print_line, remove_unfinished
+from i3d_gn.files import atomic_output, check_output, check_regular, print_line, remove_unfinished
 from i3d_gn.video_io.index import VideoIndex, write_packed_index
 
 _FACTS = (
@@ -72,14 +72,15 @@ def pack_shards(
     """Write the missing shards, then their index, and return the exit status.
 
     Raises:
-        ValueError: For an index that cannot be read or lists a missing file, and if webdataset is
-            not installed.
+        ValueError: For an index that cannot be read or lists a missing file, if its place is that
+            of the new one, and if webdataset is not installed.
     """
     if importlib.util.find_spec("webdataset") is None:
         raise ValueError("packing needs webdataset; run `pip install 'i3d_gn[shards]'`")
     videos = VideoIndex.load(index)
     if videos.is_packed:
         raise ValueError(f"{index} lists packed videos already")
+    check_output(output / "index.parquet", [index])
     fingerprints = []
     for i in range(len(videos)):
         try:

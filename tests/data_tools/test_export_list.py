@@ -49,3 +49,10 @@ def test_formats(index, tmp_path):
     }
     assert document["labels"] == list(videos.class_names)
     assert read_annotations(tmp_path / "x.json").kind == "3D-ResNets JSON"
+
+
+def test_index_is_not_replaced_by_its_list(index, capsys):
+    before = index.read_bytes()
+    assert cli.main(["export", str(index), str(index)]) == 2
+    assert f"error: {index} cannot be written: it is also an input" in capsys.readouterr().err
+    assert index.read_bytes() == before

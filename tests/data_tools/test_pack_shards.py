@@ -293,3 +293,14 @@ def test_training_from_shards_equals_training_from_files(motion_set, packed, sma
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert scores[0].equals(scores[1])
     assert scores[0].num_rows == 6
+
+
+def test_index_of_the_videos_is_not_replaced(motion_set, tmp_path, capsys):
+    index = tmp_path / "index.parquet"
+    videos = motion_set.folder / "videos" / "train"
+    assert cli.main(["index", str(videos), str(index), "--workers", "1"]) == 0
+    before = index.read_bytes()
+    assert run(index, tmp_path) == 2
+    assert f"error: {index} cannot be written: it is also an input" in capsys.readouterr().err
+    assert index.read_bytes() == before
+    assert not list(tmp_path.glob("*.tar"))
