@@ -62,7 +62,8 @@ class GridRun:
 def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
     """The runs of the grid in `path`, in the order in which they start.
 
-    `overrides` are `key=value` for all runs, such as `data.root=/videos`.
+    `overrides` are `key=value` for all runs, such as `data.root=/videos`; `output_dir=FOLDER`
+    replaces that of the grid.
 
     Raises:
         ConfigError: The file cannot be read, or is not a grid.
@@ -83,12 +84,15 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
             raise ConfigError(
                 f"{path}: axes.{name} is {values!r}; expected {{value: {{key: ...}}}}"
             )
+    moved = [o.removeprefix("output_dir=") for o in overrides if o.startswith("output_dir=")]
+    output_dir = moved[-1] if moved else str(grid["output_dir"])
+    for_all = [o for o in overrides if not o.startswith("output_dir=")]
     runs = []
     for reversed_choice in itertools.product(*(axes[name].items() for name in reversed(axes))):
         choice = reversed_choice[::-1]
-        folder = Path(str(grid["output_dir"]), "-".join(str(value) for value, _ in choice))
+        folder = Path(output_dir, "-".join(str(value) for value, _ in choice))
         given = [f"{key}={_text(value)}" for _, keys in choice for key, value in keys.items()]
-        arguments = (str(grid["config"]), *given, *overrides, f"output_dir={folder}")
+        arguments = (str(grid["config"]), *given, *for_all, f"output_dir={folder}")
         runs.append(GridRun(folder, tuple((command, *arguments) for command in commands)))
     return runs
 

@@ -76,6 +76,12 @@ def test_first_axis_varies_fastest_and_overrides_are_merged(grid_file, tmp_path)
     assert "train.milestones=[1, 2]" in runs[0].commands[0]
 
 
+def test_output_dir_moves_the_grid(grid_file, tmp_path):
+    runs = read_grid(grid_file, ["seed=1", f"output_dir={tmp_path}/other"])
+    assert [run.folder for run in runs][:2] == [tmp_path / "other" / f"{n}-0" for n in ("gn", "bn")]
+    assert runs[0].commands[0][-2:] == ("seed=1", f"output_dir={tmp_path}/other/gn-0")
+
+
 def test_each_command_runs_once(grid_file, program, capfd):
     runs = read_grid(grid_file)
     assert run_grid(runs, jobs=2) == []
