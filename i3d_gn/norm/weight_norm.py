@@ -80,5 +80,7 @@ def computed_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             norms = tensors.get(name.removesuffix("1") + "0")
             if norms is None:
                 raise ValueError(f"{name} has no norms: {name.removesuffix('1')}0 is missing")
-            plain[kernel_name(name)] = torch._weight_norm(tensor, norms, 0)
+            axes = list(range(1, tensor.dim()))
+            lengths = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True)
+            plain[kernel_name(name)] = tensor * (norms / lengths)
     return plain
