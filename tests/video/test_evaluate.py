@@ -212,7 +212,7 @@ def test_converted_weights_are_tested_like_their_checkpoint(small_run, tmp_path)
 
 def test_weights_without_a_head_are_not_tested(small_run, tmp_path):
     torch.save(resnet_tiny("gn", 10).state_dict(), tmp_path / "image.pth")
-    with pytest.raises(CheckpointError, match="no weights for head.linear.weight"):
+    with pytest.raises(CheckpointError, match="it has no head.linear.weight"):
         evaluate(small_run(), tmp_path / "image.pth", PROCESS)
 
 

@@ -314,16 +314,17 @@ def test_run_without_a_log_says_so(untrained, tmp_path):
     ("arguments", "message"),
     [
         (["gone", "--html", "r.html"], "gone has no config.yaml; pass the output_dir"),
-        (["run", "--html", "folder"], "folder cannot be written: it is a folder"),
+        (["run", "--html", "folder.html"], "folder.html cannot be written: it is a folder"),
+        (["run", "--html", "folder"], "folder: its name must end in .html"),
         (["run", "--html", "file/r.html"], "file/r.html cannot be written"),
-        (["run", "--out", "c.webm"], "'webm' is not supported"),
+        (["run", "--out", "c.webm"], "c.webm: its name must end in .png, .pdf, .svg"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_file(
     untrained, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["report", *arguments]) == 2
