@@ -151,6 +151,10 @@ def test_array_of_another_video_of_the_same_name_is_not_taken(
     train, val = (tmp_path / folder / "1.mp4" for folder in ("train", "val"))
     line = f"error: {out}/1.npy holds the features of {train}, not of {val}; use another output"
     assert line in capsys.readouterr().err
+    shutil.copytree(tmp_path / "train", tmp_path / "moved", copy_function=shutil.copy2)
+    written = os.stat(out / "1.npy").st_mtime_ns
+    assert run(tmp_path / "moved", out, *network) == 0
+    assert os.stat(out / "1.npy").st_mtime_ns == written
     shutil.copy(val, train)  # replaced: its features are computed again
     assert run(tmp_path / "train", out, *network) == 0
     assert np.abs(np.load(out / "1.npy") - first).max() > 1e-3
