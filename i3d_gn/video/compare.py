@@ -148,7 +148,8 @@ def comparison(entries: Sequence[Entry], groups: dict[str, str]) -> str:
             once = entry.once and first.once
             row.append(str(difference(entry, first, groups)))
             row.append(f"{only_it} / {only_first}" if once else "-")
-            row.append(f"{mcnemar(only_it, only_first):.3f}" if once else "-")
+            p = mcnemar(only_it, only_first)
+            row.append("-" if not once else "< 0.001" if p < 0.001 else f"{p:.3f}")
         rows.append(row)
     return markdown_table(rows)
 

@@ -102,6 +102,14 @@ def test_folds_are_pooled_and_seeds_averaged(tmp_path):
     assert table.splitlines()[3].count(" - ") == 2
 
 
+def test_small_p_is_not_zero(tmp_path):
+    write_run(tmp_path / "a", [[1, 0]] * 20, [0] * 20)
+    write_run(tmp_path / "b", [[0, 1]] * 20, [0] * 20)
+    first, other = read_entry("a", [tmp_path / "a"]), read_entry("b", [tmp_path / "b"])
+    last = comparison([first, other], {}).splitlines()[-1].split("|")
+    assert [cell.strip() for cell in last[-3:-1]] == ["0 / 20", "< 0.001"]
+
+
 def test_command(tmp_path, capsys):
     write_run(tmp_path / "gn-0", [[1, 0]] * 8, [0] * 8)
     write_run(tmp_path / "bn-0", [[1, 0]] * 2 + [[0, 1]] * 6, [0] * 8)
