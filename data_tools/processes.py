@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 # Not fork: the fork of a process with decoder threads can deadlock.
 _spawn = multiprocessing.get_context("spawn")
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 # How long a child may take to remove the file that it is writing.
 _END_SECONDS = 2.0
 
@@ -144,8 +145,9 @@ class _Worker:
             name="data_tools worker",
         )
         resource_tracker.ensure_running()  # when it starts, it unblocks Ctrl-C
-        # Ctrl-C reaches the whole process group, but only the parent handles it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches the whole process group, but only the parent handles it. A parent that
+        # stops in between would leave the child without its arguments, with a traceback.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             self._process.start()
         finally:
@@ -215,8 +217,8 @@ def _serve(
 ) -> None:
     """Main function of a child: process items until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     # An orphan would keep writing the item that the next run starts again.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if memory_bytes is not None and sys.platform == "linux":
