@@ -40,16 +40,25 @@ def atomic_output(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path: Path, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+def check_output(
+    path: Path,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    *,
+    suffixes: tuple[str, ...] = (),
+) -> None:
     """Refuse, before work is done, an output that cannot be written or would replace an input.
 
     Args:
         path: The file to write.
         inputs: Files that are read; those that do not exist are ignored.
+        suffixes: Of the formats that can be written; empty for any name.
 
     Raises:
-        ValueError: `path` is a folder or one of `inputs`, or its folder cannot be written.
+        ValueError: `path` has none of the suffixes, is a folder or one of `inputs`, or its folder
+            cannot be written.
     """
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path}: its name must end in {', '.join(suffixes)}")
     folder = path.absolute().parent
     while not os.path.lexists(folder):
         folder = folder.parent

@@ -1,24 +1,12 @@
 """Figures of runs."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from i3d_gn.files import atomic_output, check_output, printable
+from i3d_gn.files import atomic_output, printable
 
-_SUFFIXES = (".png", ".pdf", ".svg")
-
-
-def check_figure_path(path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Refuse, before work is done, a file that `save_figure` could not write.
-
-    Raises:
-        ValueError: The name does not end in a known format, or `check_output` fails.
-    """
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: its name must end in {', '.join(_SUFFIXES)}")
-    check_output(path, inputs)
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from i3d_gn.engine.command import config_parser
 from i3d_gn.engine.train_command import train_command
-from i3d_gn.files import print_line
+from i3d_gn.files import check_output, print_line
 
 
 def train(argv: list[str]) -> int:
@@ -35,11 +35,11 @@ def table(argv: list[str]) -> int:
         "--curves", type=Path, help="also plot errors over epochs and batch size (Figs. 1 and 5)"
     )
     args = parser.parse_args(argv)
-    from i3d_gn.engine.figures import check_figure_path
+    from i3d_gn.engine.figures import FIGURE_SUFFIXES
     from i3d_gn.imagenet.tables import imagenet_tables, plot, read_image_run
 
     if args.curves is not None:
-        check_figure_path(args.curves)
+        check_output(args.curves, suffixes=FIGURE_SUFFIXES)
     runs = [read_image_run(path) for path in args.runs]
     print(imagenet_tables(runs))
     if args.curves is not None:

@@ -167,17 +167,15 @@ def report(argv: list[str]) -> int:
         help="page to write, .html (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    from i3d_gn.engine.figures import check_figure_path
+    from i3d_gn.engine.figures import FIGURE_SUFFIXES
     from i3d_gn.engine.markdown import markdown_table
     from i3d_gn.video.report import table
     from i3d_gn.video.report.figure import plot
     from i3d_gn.video.report.page import write_page
     from i3d_gn.video.report.runs import read_runs
 
-    check_figure_path(args.out)
-    if args.html.suffix != ".html":
-        raise ValueError(f"{args.html}: its name must end in .html")
-    check_output(args.html)
+    check_output(args.out, suffixes=FIGURE_SUFFIXES)
+    check_output(args.html, suffixes=(".html",))
     runs = read_runs(args.runs)
     print(markdown_table([table.HEADER, *table.rows(runs)]))
     plot(runs, args.out)

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 
-from i3d_gn.files import atomic_output, check_output
+from i3d_gn.files import atomic_output
 from i3d_gn.video_io.h264 import X264Options, write_h264
 
 Pixels = npt.NDArray[np.uint8]
@@ -17,17 +17,7 @@ Pixels = npt.NDArray[np.uint8]
 _OPTIONS = X264Options(crf=20, gop=60, preset="veryfast", tune=None)
 _TICKS_PER_SECOND = 90_000
 _MOST_OPAQUE = 0.65
-
-
-def check_video_path(path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Refuse, before work is done, a file that `write_video` could not write.
-
-    Raises:
-        ValueError: It is not an .mp4 file, or `check_output` fails.
-    """
-    if path.suffix != ".mp4":
-        raise ValueError(f"{path}: its name must end in .mp4")
-    check_output(path, inputs)
+VIDEO_SUFFIXES = (".mp4",)  # that `write_video` writes
 
 
 def write_video(path: Path, frames: Iterable[tuple[float, Pixels]], *, fps: float) -> None:

@@ -24,9 +24,9 @@ from i3d_gn.data.windows import (
     TestView,
     all_frames,
 )
-from i3d_gn.engine.figures import check_figure_path, plain_text, save_figure
-from i3d_gn.files import print_line
-from i3d_gn.video.draw import Pixels, check_video_path, heat_overlay, write_video
+from i3d_gn.engine.figures import FIGURE_SUFFIXES, plain_text, save_figure
+from i3d_gn.files import check_output, print_line
+from i3d_gn.video.draw import VIDEO_SUFFIXES, Pixels, heat_overlay, write_video
 from i3d_gn.video.recognizer import Recognizer
 from i3d_gn.video_io.video_files import VideoFiles, find_videos
 
@@ -78,9 +78,9 @@ def explain(
     paths = find_videos(video)
     if len(paths) != 1 or Path(video).is_dir():
         raise ValueError(f"{video} is a folder; give one video")
-    check_figure_path(out, [video, checkpoint])
+    check_output(out, [video, checkpoint], suffixes=FIGURE_SUFFIXES)
     if render is not None:
-        check_video_path(render, [video, checkpoint])
+        check_output(render, [video, checkpoint], suffixes=VIDEO_SUFFIXES)
     recognizer = Recognizer.from_checkpoint(checkpoint, overrides=overrides)
     names = recognizer.class_names
     target = None if class_name is None else class_id(names, class_name)

@@ -9,9 +9,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from i3d_gn.engine.markdown import markdown_table
-from i3d_gn.files import print_line, printable
+from i3d_gn.files import check_output, print_line, printable
 from i3d_gn.video.recognizer import Recognizer
-from i3d_gn.video.tables import check_table_path, write_table
+from i3d_gn.video.tables import TABLE_SUFFIXES, write_table
 from i3d_gn.video_io.index import VideoIndex
 from i3d_gn.video_io.video_files import VideoFiles, find_videos
 
@@ -51,7 +51,7 @@ def predict(
     """
     sources = video_sources(inputs)
     if out is not None:
-        check_table_path(out, [checkpoint, *input_files(inputs, sources)])
+        check_output(out, [checkpoint, *input_files(inputs, sources)], suffixes=TABLE_SUFFIXES)
     recognizer = Recognizer.from_checkpoint(checkpoint, overrides=overrides)
     rows: list[dict[str, Any]] = []
     broken: list[str] = []

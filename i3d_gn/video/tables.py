@@ -1,27 +1,16 @@
 """Rows of results as a CSV, JSON or Parquet file, by its name."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from i3d_gn.files import atomic_output, check_output, write_json
+from i3d_gn.files import atomic_output, write_json
 
-_SUFFIXES = (".csv", ".json", ".parquet")
-
-
-def check_table_path(path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Refuse, before work is done, a file that `write_table` could not write.
-
-    Raises:
-        ValueError: The name does not end in a known format, or `check_output` fails.
-    """
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: its name must end in {', '.join(_SUFFIXES)}")
-    check_output(path, inputs)
+TABLE_SUFFIXES = (".csv", ".json", ".parquet")
 
 
 def write_table(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:

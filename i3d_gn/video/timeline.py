@@ -18,10 +18,10 @@ from tqdm import tqdm
 from i3d_gn.data.clips import clip_indices, spaced_starts
 from i3d_gn.data.videos import TestVideo
 from i3d_gn.data.windows import Crop, Extent, SlidingWindows, TestView, WindowPart, all_frames
-from i3d_gn.engine.figures import check_figure_path, plain_text, save_figure
+from i3d_gn.engine.figures import FIGURE_SUFFIXES, plain_text, save_figure
 from i3d_gn.engine.markdown import markdown_table
-from i3d_gn.files import printable
-from i3d_gn.video.draw import Pixels, check_video_path, write_video
+from i3d_gn.files import check_output, printable
+from i3d_gn.video.draw import VIDEO_SUFFIXES, Pixels, write_video
 from i3d_gn.video.predict import (
     check_some_decoded,
     input_files,
@@ -29,7 +29,7 @@ from i3d_gn.video.predict import (
     video_sources,
 )
 from i3d_gn.video.recognizer import Recognizer, top_classes
-from i3d_gn.video.tables import check_table_path, write_table
+from i3d_gn.video.tables import TABLE_SUFFIXES, write_table
 from i3d_gn.video_io.crop_plan import CropPlan
 from i3d_gn.video_io.errors import VideoDecodeError
 from i3d_gn.video_io.index import VideoIndex
@@ -167,11 +167,11 @@ def predict_timeline(
     sources = video_sources(inputs)
     read = [checkpoint, *input_files(inputs, sources)]
     if out is not None:
-        check_table_path(out, read)
+        check_output(out, read, suffixes=TABLE_SUFFIXES)
     if render is not None:
-        check_video_path(render, read)
+        check_output(render, read, suffixes=VIDEO_SUFFIXES)
     if plot is not None:
-        check_figure_path(plot, read)
+        check_output(plot, read, suffixes=FIGURE_SUFFIXES)
     num_videos = sum(map(len, sources))
     if num_videos > 1 and (render or plot):
         raise ValueError(f"{num_videos} videos cannot be drawn; give one video")
