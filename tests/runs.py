@@ -10,6 +10,7 @@ import pytest
 from i3d_gn.engine.checkpoint import latest_checkpoint, load_checkpoint
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.engine.trainer import Trainer
+from i3d_gn.video_io.index import VideoRecord
 
 
 def newest_checkpoint(run):
@@ -56,3 +57,16 @@ def on_ranks(world_size, *program):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     return subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+
+
+def records_of(index):
+    """Rows of `index`, to write another one of them."""
+    return [
+        VideoRecord(
+            path=path, label=int(label), num_frames=int(frames), fps=25.0, duration_seconds=0.8,
+            width=int(width), height=int(height),
+        )
+        for path, label, frames, width, height in zip(
+            index.paths, index.labels, index.num_frames, index.widths, index.heights, strict=True
+        )
+    ]  # fmt: skip

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.video.config import load_config
-from i3d_gn.video.report.runs import find_test
+from i3d_gn.video.report.runs import find_test, read_test
 
 RESAMPLES = 10_000
 
@@ -55,7 +54,7 @@ def read_entry(name: str, folders: Sequence[Path]) -> Entry:
     """Read the tests of runs; runs that have not been tested yet are ignored.
 
     Raises:
-        ValueError: No run in `folders` has been tested on labeled videos.
+        ValueError: No run in `folders` has been tested on labeled videos, or scores are damaged.
     """
     hits: dict[str, list[bool]] = {}
     num_runs = 0
@@ -66,12 +65,10 @@ def read_entry(name: str, folders: Sequence[Path]) -> Entry:
         if found is None:
             continue
         num_runs += 1
-        table = pq.read_table(found[0].with_name("scores.parquet"))
-        labels = table["label"].to_numpy()
-        predicted = np.array(table["scores"].to_pylist()).argmax(axis=1)
-        for path, label, best in zip(table["path"].to_pylist(), labels, predicted, strict=True):
-            if label >= 0:
-                hits.setdefault(path, []).append(bool(best == label))
+        test = read_test(*found)
+        right = (test.predictions == test.labels).tolist()
+        for path, is_right in zip(test.paths, right, strict=True):
+            hits.setdefault(path, []).append(is_right)
     if not hits:
         raise ValueError(f"{name}: none of {len(folders)} runs has been tested with labels")
     return Entry(
@@ -86,13 +83,24 @@ def read_groups(path: Path, column: str) -> dict[str, str]:
     """The group of each video: columns `path` and `column` of a CSV file.
 
     Raises:
-        ValueError: The file has no such columns.
+        ValueError: The file cannot be read, has no such columns, or a video has no group or two.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
     if not rows or not {"path", column} <= rows[0].keys():
         raise ValueError(f"{path} must be a CSV file with the columns path and {column}")
-    return {row["path"]: row[column] for row in rows}
+    groups: dict[str, str] = {}
+    for row in rows:
+        video, group = row["path"], row[column]
+        if not group or groups.setdefault(video, group) != group:
+            other = f"{groups[video]!r} and " if video in groups else ""
+            raise ValueError(
+                f"{path}: the {column} of {video} is {other}{group or ''!r}; each video needs one"
+            )
+    return groups
 
 
 def accuracy(entry: Entry, groups: dict[str, str]) -> Interval:
@@ -105,7 +113,10 @@ def accuracy(entry: Entry, groups: dict[str, str]) -> Interval:
 def difference(entry: Entry, other: Entry, groups: dict[str, str]) -> Interval:
     """Accuracy of `entry` minus that of `other`, in points, over the videos that both tested.
 
-    `groups` maps paths to groups that are resampled together; a path without one is its own group.
+    `groups` maps paths to groups that are resampled together; without any, each video is one.
+
+    Raises:
+        ValueError: There are groups, but a video has none.
     """
     paths = sorted(entry.correct.keys() & other.correct.keys())
     values = np.array([100 * (entry.correct[path] - other.correct[path]) for path in paths])
@@ -155,9 +166,15 @@ def comparison(entries: Sequence[Entry], groups: dict[str, str]) -> str:
 
 
 def _group_ids(paths: Sequence[str], groups: dict[str, str]) -> npt.NDArray[np.intp]:
-    names = [("group", groups[path]) if path in groups else ("video", path) for path in paths]
-    ids = {name: i for i, name in enumerate(sorted(set(names)))}
-    return np.array([ids[name] for name in names])
+    if not groups:
+        return np.arange(len(paths))
+    if without := [path for path in paths if path not in groups]:
+        raise ValueError(
+            f"{len(without)} of {len(paths)} videos have no group, the first is {without[0]}; list "
+            "all of them, by their paths in the index"
+        )
+    _, ids = np.unique([groups[path] for path in paths], return_inverse=True)
+    return ids
 
 
 def _bootstrap(values: npt.NDArray[np.float64], group: npt.NDArray[np.intp]) -> Interval:

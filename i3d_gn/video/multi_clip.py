@@ -79,8 +79,8 @@ def score_videos(
     """Score every video once, split across the ranks; the outcome on rank 0, None elsewhere.
 
     Scores found under `folder`/parts/`tag` are used instead of computed again, so `tag` must
-    identify everything that determines them: weights, videos and settings. Writes
-    `folder`/scores.parquet.
+    identify everything that determines them: weights, videos and settings. Videos that failed are
+    tried again. Writes `folder`/scores.parquet.
 
     Raises:
         ConfigError: Another process is testing in `folder`.
@@ -91,7 +91,7 @@ def score_videos(
     lock = DirLock(folder) if process.is_main else None
     parts = folder / "parts" / tag
     parts.mkdir(parents=True, exist_ok=True)
-    done = {score.video for score in read_parts(parts)}
+    done = {score.video for score in read_parts(parts) if score.scores is not None}
     barrier()  # before any rank adds a part: all must skip the same videos
     todo = [video for video in range(len(videos)) if video not in done]
     mine = todo[process.rank :: process.world_size]
@@ -107,14 +107,16 @@ def score_videos(
     started = time.monotonic()
     timed = TimedIterator(iter(loader))
     quiet = None if process.is_main else True
-    for video in tqdm(timed, total=len(mine), desc="test", unit="video", disable=quiet):
-        scores = None if video.broken is not None else scorer(video).float().cpu().numpy()
-        pending.append(VideoScore(video.video, video.label, scores, video.broken))
-        if len(pending) == VIDEOS_PER_PART:
+    try:
+        for video in tqdm(timed, total=len(mine), desc="test", unit="video", disable=quiet):
+            scores = None if video.broken is not None else scorer(video).float().cpu().numpy()
+            pending.append(VideoScore(video.video, video.label, scores, video.broken))
+            if len(pending) == VIDEOS_PER_PART:
+                write_part(parts, pending, process.rank)
+                pending = []
+    finally:  # at a signal too
+        if pending:
             write_part(parts, pending, process.rank)
-            pending = []
-    if pending:
-        write_part(parts, pending, process.rank)
     seconds = time.monotonic() - started
     barrier()
     if lock is None:

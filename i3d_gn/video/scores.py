@@ -1,11 +1,13 @@
 """Scores of videos on disk: parts while a test runs, one table at the end.
 
-    <folder>/parts/<tag>/<first video>-<last video>-<rank>.parquet
+    <folder>/parts/<tag>/<first video>-<last video>-<rank>[-<number>].parquet
     <folder>/scores.parquet      all parts, merged at the end
 
-Parts make a test resumable with any number of ranks: a video with a score is not scored again.
+Parts make a test resumable with any number of ranks: a video with a score is not scored again. One
+that failed to decode is tried again, as the reason may be gone, such as a folder out of reach.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -68,7 +70,7 @@ class TestOutcome:
 
 
 def write_part(parts: Path, scores: Sequence[VideoScore], rank: int) -> None:
-    """Write the scores of some videos, atomically."""
+    """Write the scores of some videos, atomically, beside the parts that are there."""
     table = pa.table(
         {
             "video": [s.video for s in scores],
@@ -78,12 +80,17 @@ def write_part(parts: Path, scores: Sequence[VideoScore], rank: int) -> None:
         },
         schema=_PART,
     )
-    name = f"{scores[0].video:08d}-{scores[-1].video:08d}-{rank}.parquet"
-    _write_table(parts / name, table)
+    stem = f"{scores[0].video:08d}-{scores[-1].video:08d}-{rank}"
+    names = itertools.chain(
+        [f"{stem}.parquet"], (f"{stem}-{i}.parquet" for i in itertools.count(1))
+    )
+    _write_table(next(path for name in names if not (path := parts / name).exists()), table)
 
 
 def read_parts(parts: Path) -> list[VideoScore]:
     """All scores written so far, each video once, in the order of the index.
+
+    Of a video that failed and was tried again, the score.
 
     Raises:
         ValueError: A file is damaged.
@@ -100,7 +107,8 @@ def read_parts(parts: Path) -> list[VideoScore]:
         for row in table.to_pylist():
             scores = None if row["scores"] is None else np.array(row["scores"], dtype=np.float32)
             score = VideoScore(row["video"], row["label"], scores, row["broken"])
-            found.setdefault(score.video, score)
+            if score.video not in found or found[score.video].scores is None:
+                found[score.video] = score
     return [found[video] for video in sorted(found)]
 
 
@@ -122,7 +130,10 @@ def merge_parts(
         )
     scored = [(s, s.scores) for s in scores if s.scores is not None]
     if not scored:
-        raise ValueError(f"none of {len(scores)} videos could be decoded: {scores[0].broken}")
+        raise ValueError(
+            f"none of {len(scores)} videos could be decoded: {scores[0].broken}; check data.root "
+            "and data.val_index, and run again"
+        )
     matrix = np.stack([row for _, row in scored])
     bad = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
     if len(bad):

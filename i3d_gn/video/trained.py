@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from i3d_gn.engine.checkpoint import CheckpointError, load_checkpoint, load_model_state
@@ -73,10 +74,20 @@ def is_weights(source: str | Path) -> bool:
 def trained_from_checkpoint(
     saved: dict[str, Any], path: Path, config: Config, device: torch.device
 ) -> TrainedNetwork:
-    """The network of `config.model` with the weights in the contents of a checkpoint."""
+    """The network of `config.model` with the weights in the contents of a checkpoint.
+
+    Raises:
+        CheckpointError: The network is another, or `config.data` normalizes otherwise.
+    """
+    mean, std = saved_normalization(saved)
+    for key, trained, here in (("mean", mean, config.data.mean), ("std", std, config.data.std)):
+        if here is not None and not np.allclose(here, trained, rtol=1e-6):
+            raise CheckpointError(
+                f"{path} was trained with {key} {list(trained)}, but data.{key} is {list(here)}; "
+                f"remove data.{key}"
+            )
     model = build.build_model(config, device)
     load_model_state(model, saved["model"], path=path)
-    mean, std = saved_normalization(saved)
     names = saved.get("class_names")
     return TrainedNetwork(
         model, mean, std, None if names is None else tuple(names), saved["config"], saved["step"]

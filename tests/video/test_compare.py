@@ -138,3 +138,35 @@ def test_groups_by_path(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("path,label,camera\na.mp4,x,c1\nb.mp4,y,c2\n")
     assert read_groups(path, "camera") == {"a.mp4": "c1", "b.mp4": "c2"}
+    path.write_text("path,camera\na.mp4,c1\n", encoding="utf-8-sig")
+    assert read_groups(path, "camera") == {"a.mp4": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path,recording\nv0,\n", "the recording of v0 is ''; each video needs one"),
+        (b"path,recording\nv0\n", "the recording of v0 is ''; each video needs one"),
+        (b"path,recording\nv0,a\nv0,b\n", "the recording of v0 is 'a' and 'b'"),
+        (b"path,recording\nv0,caf\xe9\n", "groups.csv cannot be read as a CSV file in UTF-8: "),
+        (b'path,recording\nv0,"a\nv1,b\n', "groups.csv cannot be read as a CSV file in UTF-8: "),
+        (None, "groups.csv cannot be read as a CSV file in UTF-8: .*No such file"),
+        (b"path,recording\nval/v0,a\n", "2 of 2 videos have no group, the first is v0"),
+        (b"path,recording\nv0,a\n", "1 of 2 videos have no group, the first is v1"),
+    ],
+)
+def test_groups_that_would_not_group_are_one_line_errors(tmp_path, content, message):
+    path = tmp_path / "groups.csv"
+    if content is not None:
+        path.write_bytes(content)
+    write_run(tmp_path / "gn", [[1, 0]] * 2, [0] * 2)
+    with pytest.raises(ValueError, match=message):
+        commands.compare([f"gn={tmp_path}/gn", "--groups", str(path)])
+
+
+def test_damaged_scores_are_one_line_errors(tmp_path):
+    scores = write_run(tmp_path / "gn", [[1, 0]], [0]) / "test_step_1" / "scores.parquet"
+    for damage in (lambda: scores.write_bytes(b""), scores.unlink):
+        damage()
+        with pytest.raises(ValueError, match=r"scores.parquet is damaged .* delete"):
+            read_entry("gn", [tmp_path / "gn"])

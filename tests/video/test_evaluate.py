@@ -14,8 +14,8 @@ from i3d_gn.files import file_sha256
 from i3d_gn.models.resnet2d import resnet_tiny
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.train import train
-from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
-from tests.runs import on_ranks
+from i3d_gn.video_io.index import VideoIndex, write_index
+from tests.runs import on_ranks, records_of
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -71,23 +71,6 @@ def test_damaged_newest_checkpoint_is_refused(small_run, tmp_path):
     assert not list((tmp_path / "run").glob("test_*"))
 
 
-def records_of(index):
-    return [
-        VideoRecord(
-            path=path,
-            label=int(label),
-            num_frames=int(frames),
-            fps=25.0,
-            duration_seconds=0.8,
-            width=int(width),
-            height=int(height),
-        )
-        for path, label, frames, width, height in zip(
-            index.paths, index.labels, index.num_frames, index.widths, index.heights, strict=True
-        )
-    ]
-
-
 @pytest.mark.slow
 def test_scores_do_not_depend_on_the_number_of_ranks(small_run, motion_set, tmp_path):
     whole = VideoIndex.load(motion_set.val_index)
@@ -135,6 +118,10 @@ def test_mean_and_std_are_those_of_the_checkpoint(small_run, tmp_path):
     torch.save(saved, tmp_path / "run" / "checkpoints" / "step_00000002.pt")
     _, other = scores("test.num_clips=3", "seed=1")
     assert np.abs(other - as_trained).max() > 1e-3
+    with pytest.raises(
+        CheckpointError, match=r"with mean \[0.9, 0.9, 0.9\], but data.mean is \[0.1"
+    ):
+        scores(trained)
 
 
 def test_mismatches_are_one_line_errors(small_run, tmp_path):

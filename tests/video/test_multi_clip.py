@@ -111,7 +111,7 @@ def test_scores_are_written_once_per_video(model, index, tmp_path):
 
 def test_stopped_test_resumes_with_the_same_scores(model, index, tmp_path, monkeypatch):
     run(model, index, tmp_path / "whole")
-    monkeypatch.setattr("i3d_gn.video.multi_clip.VIDEOS_PER_PART", 2)
+    monkeypatch.setattr("i3d_gn.video.multi_clip.VIDEOS_PER_PART", 3)
     scored = []
 
     score = VideoScorer.__call__
@@ -171,8 +171,32 @@ def test_broken_video_is_listed_and_does_not_count(model, index, tmp_path, monke
     monkeypatch.setattr(
         TestVideos, "__getitem__", lambda s, v: whole(s, v)._replace(broken="no frames")
     )
-    with pytest.raises(ValueError, match="none of 6 videos could be decoded: no frames"):
+    with pytest.raises(ValueError, match="none of 6 videos could .* no frames; check data.root"):
         run(model, index, tmp_path / "all")
+
+
+def test_videos_that_failed_are_tried_again(model, index, tmp_path, monkeypatch):
+    run(model, index, tmp_path / "whole")
+    whole = TestVideos.__getitem__
+    monkeypatch.setattr(
+        TestVideos, "__getitem__", lambda s, v: whole(s, v)._replace(broken="out of reach")
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of 6 videos could be decoded: out of reach"):
+            run(model, index, tmp_path)
+    monkeypatch.setattr(TestVideos, "__getitem__", whole)
+    outcome = run(model, index, tmp_path)
+    assert outcome is not None
+    assert outcome.skipped == {}
+    tables = [pq.read_table(folder / "scores.parquet") for folder in (tmp_path / "whole", tmp_path)]
+    assert tables[0].equals(tables[1])
+
+
+def test_new_part_does_not_replace_one_of_the_same_ends(tmp_path):
+    scores = np.ones(6, dtype=np.float32)
+    write_part(tmp_path, [VideoScore(v, 0, None if v != 1 else scores, None) for v in range(3)], 0)
+    write_part(tmp_path, [VideoScore(v, 0, scores, None) for v in (0, 2)], 0)
+    assert all(found.scores is not None for found in read_parts(tmp_path))
 
 
 def test_damaged_part_is_a_one_line_error(model, index, tmp_path):

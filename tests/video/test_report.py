@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from i3d_gn import cli
 from i3d_gn.engine.typed_config import to_dict, to_yaml
+from i3d_gn.files import write_text
 from i3d_gn.video.config import load_config
 from i3d_gn.video.evaluate import evaluate
 from i3d_gn.video.report import table, table8
@@ -25,7 +27,8 @@ from i3d_gn.video.report.page import page_context, write_page
 from i3d_gn.video.report.runs import Run, Test, read_run, read_runs
 from i3d_gn.video.train import train
 from i3d_gn.video_io.decode import decode_frames
-from i3d_gn.video_io.index import VideoIndex
+from i3d_gn.video_io.index import VideoIndex, write_index
+from tests.runs import records_of
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use", "wbr"}
 
@@ -111,6 +114,39 @@ def test_newest_tested_checkpoint_counts_and_its_step_is_named(run, one_process)
     for path in folder.glob("test_step_00000004*/results.json"):
         path.unlink()
     assert row_of(folder)["multi-clip top-1"].endswith("(3 clips, step 2)")
+
+
+def test_test_of_todays_index_counts_then_the_last(run, one_process, motion_set, caplog, tmp_path):
+    config, folder = run
+    index = tmp_path / "val.parquet"
+    config = replace(config, data=replace(config.data, val_index=str(index)))
+    write_text(folder / "config.yaml", to_yaml(config))
+    whole = VideoIndex.load(motion_set.val_index)
+    results, versions = {}, {}
+    for count in (6, 4, 5):
+        write_index(
+            index, records_of(whole)[:count], class_names=whole.class_names, root=whole.root
+        )
+        results[count] = evaluate(config, None, one_process)
+        versions[count] = index.read_bytes()
+    caplog.clear()
+    for count in (6, 4, 5):
+        index.write_bytes(versions[count])
+        assert read_run(folder).test.results == results[count]
+    assert caplog.text == ""
+    index.write_bytes(b"")
+    assert read_run(folder).test.results == results[5]
+    assert "val.parquet has changed since; evaluate again" in caplog.text
+
+
+def test_runs_of_a_grid_that_failed_at_once_are_left_out(run, caplog, tmp_path):
+    _, folder = run
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "grid.log").write_text("error: unknown key")
+    assert [run.name for run in read_runs([folder, tmp_path / "failed"])] == ["run"]
+    assert "failed is left out: it has not begun" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 runs of the grid has begun"):
+        read_runs([tmp_path / "failed"])
 
 
 def test_page_shows_a_trained_run_and_needs_nothing_else(run, one_process, tmp_path, motion_set):

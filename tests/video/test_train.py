@@ -26,9 +26,15 @@ from i3d_gn.engine.trainer import Trainer
 from i3d_gn.engine.typed_config import ConfigError, to_yaml
 from i3d_gn.video.train import VideoTraining, train
 from i3d_gn.video_io.decode import VideoDecodeError, decode_frames
-from i3d_gn.video_io.index import VideoIndex, VideoRecord, write_index
+from i3d_gn.video_io.index import VideoIndex, write_index
 from i3d_gn.video_io.strips import read_strips
-from tests.runs import interrupted_before, log_without_timing, newest_checkpoint, on_ranks
+from tests.runs import (
+    interrupted_before,
+    log_without_timing,
+    newest_checkpoint,
+    on_ranks,
+    records_of,
+)
 
 PROCESS = Process(0, 1, torch.device("cpu"))
 
@@ -43,18 +49,6 @@ def assert_same_outcome(folder_a, folder_b):
     momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
     assert log_without_timing(folder_a) == log_without_timing(folder_b)
-
-
-def records_of(index):
-    return [
-        VideoRecord(
-            path=path, label=int(label), num_frames=int(frames), fps=25.0, duration_seconds=0.8,
-            width=int(width), height=int(height),
-        )
-        for path, label, frames, width, height in zip(
-            index.paths, index.labels, index.num_frames, index.widths, index.heights, strict=True
-        )
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

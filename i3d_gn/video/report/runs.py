@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from i3d_gn.engine.run_dir import config_of_run
 from i3d_gn.engine.run_log import STRIPS, read_log
 from i3d_gn.engine.typed_config import differences, to_dict
+from i3d_gn.files import file_sha256
 from i3d_gn.video.config import ClipConfig, Config, TestConfig, load_config
 from i3d_gn.video_io.strips import Strip, read_strips
 
@@ -90,7 +91,17 @@ class Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Read runs; see `read_run`."""
+    """Read runs; see `read_run`. Runs of a grid that failed before they began are left out.
+
+    Raises:
+        ValueError: No run is left, or as `read_run`.
+    """
+    failed = [f for f in folders if (f / "grid.log").is_file() and not (f / "config.yaml").exists()]
+    for folder in failed:
+        logger.warning("%s is left out: it has not begun; see %s", folder, folder / "grid.log")
+    folders = [folder for folder in folders if folder not in failed]
+    if failed and not folders:
+        raise ValueError(f"none of {len(failed)} runs of the grid has begun")
     paths = [folder.absolute() for folder in folders]
     names = []
     for path in paths:
@@ -115,7 +126,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or folder.name,
         config=config,
         log=read_log(folder / "log.jsonl"),
-        test=None if found is None else _read_test(*found),
+        test=None if found is None else read_test(*found),
         strips=read_strips(folder / STRIPS),
         environment=_read_environment(folder / "environment.json"),
     )
@@ -125,12 +136,15 @@ def find_test(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | Non
     """The test of a run's newest tested checkpoint, with the settings and videos of its config.
 
     Tests with other settings, clips or videos are not comparable with other runs; they are ignored,
-    and named in a warning.
+    and named in a warning. Of several tests of the checkpoint the newest with today's index counts;
+    if none is, a warning says so.
 
     Returns:
         Path and contents of its `results.json`, or None.
     """
     found, ignored = [], []
+    index = Path(config.data.val_index)
+    index_sha256 = file_sha256(index) if index.is_file() else None
     for path in sorted(folder.glob("test_*/results.json")):
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
@@ -141,21 +155,30 @@ def find_test(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | Non
                 + [key for key in ("val_index",) if tested["data"][key] != config.data.val_index]
             )
             step = -1 if results["step"] is None else int(results["step"])
+            of_index = index_sha256 in (None, results.get("index_sha256"))
+            order = (step, of_index, path.stat().st_mtime_ns)
         except (OSError, ValueError, KeyError, TypeError):
-            differing, step, results = ["damaged"], -1, {}
+            differing, order, results = ["damaged"], (-1, False, 0), {}
         if differing:
             ignored.append(f"{path.parent.name} ({'; '.join(differing)})")
         else:
-            found.append((step, path, results))
+            found.append((order, path, results))
     if ignored:
         logger.warning("%s: ignored tests of another kind: %s", folder, ", ".join(ignored))
     if not found:
         return None
-    _, path, results = max(found, key=lambda test: test[:2])
+    (_, of_index, _), path, results = max(found, key=lambda test: test[0])
+    if not of_index:
+        logger.warning("%s: %s has changed since; evaluate again", path.parent, index)
     return path, results
 
 
-def _read_test(path: Path, results: dict[str, Any]) -> Test:
+def read_test(path: Path, results: dict[str, Any]) -> Test:
+    """The scores of a test that `find_test` found.
+
+    Raises:
+        ValueError: They are missing or damaged.
+    """
     scores_path = path.with_name("scores.parquet")
     try:
         table = pq.read_table(scores_path, columns=["path", "label", "scores"])
