@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, Literal
 
+from i3d_gn.files import NO_SPACE
+
 # Not fork: the fork of a process with decoder threads can deadlock.
 _spawn = multiprocessing.get_context("spawn")
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
@@ -30,16 +32,16 @@ _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 _END_SECONDS = 2.0
 
 
-FailureKind = Literal["refused", "error", "crash", "timeout", "memory", "lost"]
+FailureKind = Literal["refused", "error", "disk", "crash", "timeout", "memory", "lost"]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Result of one item: the return value of the function, or why there is none.
 
-    Kinds of failures: the function raised `ItemFailure` (refused) or another exception (error), its
-    process died (crash) or exceeded the limit of time (timeout) or memory (memory), or a cluster
-    lost the item (lost).
+    Kinds of failures: the function raised `ItemFailure` (refused) or another exception (error), the
+    disk is full or read-only (disk), its process died (crash) or exceeded the limit of time
+    (timeout) or memory (memory), or a cluster lost the item (lost).
     """
 
     value: Any = None
@@ -235,7 +237,9 @@ def _serve(
                 limit = "" if memory_bytes is None else f" than {memory_bytes / 2**30:g} GiB"
                 outcome = Outcome(failure=f"needs more memory{limit}", kind="memory")
             except Exception as error:
-                outcome = Outcome(failure=f"{type(error).__name__}: {error}", kind="error")
+                is_disk = isinstance(error, OSError) and error.errno in NO_SPACE
+                reason = str(error) if is_disk else f"{type(error).__name__}: {error}"
+                outcome = Outcome(failure=reason, kind="disk" if is_disk else "error")
             connection.send(outcome)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

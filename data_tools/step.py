@@ -118,6 +118,9 @@ def run_step(
             its output file still exists.
         before: Called with the keys of the items to do, before the first of them.
         unit: What an item is, shown beside the progress bar.
+
+    Raises:
+        OSError: The disk is full or read-only; what is done is in the ledger.
     """
     step = StepResult()
     shard = None if run_options.shard is None else str(run_options.shard)
@@ -160,6 +163,8 @@ def run_step(
         ):
             for i, outcome in outcomes:
                 item = todo[i]
+                if outcome.kind == "disk":  # it would be the same for all items that are left
+                    raise OSError(f"{outcome.failure}; free some space, and run the command again")
                 if outcome.failure is not None:
                     step.failures[item.key] = outcome.failure
                     step.kinds[item.key] = outcome.kind

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, TextIO
 
 # What file systems without locks answer, such as Lustre mounted without `flock`.
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+# A disk that is full, over its quota, or read-only: no other file can be written either.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 # The temporary names of `atomic_output`.
 _UNFINISHED = re.compile(r"\.(?P<output>.+)\.[^.]+\.part")
 
@@ -29,6 +31,9 @@ def atomic_output(path: Path) -> Iterator[Path]:
     Readers see the old file or the new one, never half of one. The temporary name carries host and
     process id: a killed command may be repeated while its last child still writes the same file,
     and hosts may share the folder.
+
+    Raises:
+        OSError: With the path, if the disk is full; some libraries raise it without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     host = re.sub(r"\W", "-", socket.gethostname())
@@ -36,6 +41,10 @@ def atomic_output(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_SPACE or error.filename == str(path):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

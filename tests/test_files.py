@@ -18,6 +18,11 @@ def write_half(path):
         raise KeyboardInterrupt
 
 
+def write_on_full_disk(path, error):
+    with atomic_output(path):
+        raise error
+
+
 def test_output_appears_complete_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with pytest.raises(KeyboardInterrupt):
@@ -29,6 +34,16 @@ def test_output_appears_complete_or_not_at_all(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("filename", [None, "other"])
+def test_full_disk_is_reported_with_the_path(tmp_path, filename):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'$"):
+        write_on_full_disk(path, OSError(28, "Error writing bytes", filename))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_on_full_disk(path, OSError(5, "Input/output error"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "\u00fc" * 127, "x" * 160, "x" * 161])

@@ -13,6 +13,7 @@ from data_tools.processes import ChildProcess, map_in_processes
 
 CRASH = "__import__('signal').raise_signal(11)"
 EXIT = "__import__('os')._exit(3)"
+FULL_DISK = "open('/dev/full', 'wb', 0).write(b'x')"
 HANG = "__import__('time').sleep(600)"
 
 
@@ -55,8 +56,9 @@ def test_hanging_item_times_out():
 
 
 def test_kinds_of_failure():
-    outcomes = run([CRASH, "1 / 0", f"({HANG}, 1)", "2"], timeout_seconds=10.0)
-    assert [outcome.kind for outcome in outcomes] == ["crash", "error", "timeout", None]
+    outcomes = run([CRASH, "1 / 0", FULL_DISK, f"({HANG}, 1)", "2"], timeout_seconds=10.0)
+    assert [outcome.kind for outcome in outcomes] == ["crash", "error", "disk", "timeout", None]
+    assert outcomes[2].failure == "[Errno 28] No space left on device"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory")
