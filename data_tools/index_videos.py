@@ -6,7 +6,7 @@ SOURCE is one of
   JSON of DeepMind's Kinetics  id -> subset, annotations: label, segment    (with --videos)
   JSON of Something-Something  list of id, template                         (with --videos)
   folder of HMDB51 splits      <class>_test_split1.txt, ...                 (with --videos)
-  table with a header          columns of paths and labels, e.g. path,label
+  table with a header          columns of paths and labels, e.g. path,label[,split]
   list                         path label    (the label follows the last space)
   folder of class folders      <class>/<video>.mp4
 The format is detected from the contents. Fields may be separated by commas, semicolons, tabs or

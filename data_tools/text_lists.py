@@ -1,7 +1,7 @@
 """Read lists of videos in text files: official Kinetics CSVs, tables with a header, `path label`.
 
 Tables and lists may use commas, semicolons, tabs or spaces. A header is recognized by its column
-names, or because it looks unlike all other lines.
+names, or because it looks unlike all other lines. A table may have a column `split`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _LABEL_COLUMNS = (
     *("label", "class", "class_name", "classname", "label_name", "category", "action", "tag"),
     *("target", "label_id", "class_id"),
 )
+_SPLIT_COLUMN = "split"
 # The delimiter follows the file name in `a, b.mp4,3` and `clip,3`, but not in `a, b.mp4 3`.
 _DELIMITER_AFTER_EXTENSION = re.compile(r'.*\.\w{2,4}"?[,;](?P<label>[^,;/]+)')
 _DELIMITER_AFTER_STEM = re.compile(r"[^\s,;.]+(?:;(?P<label>[^;/]+)|,(?P<id>[^,;/.]+))")
@@ -47,7 +48,9 @@ def read_text_list(source: Path, *, split: str | None) -> Annotations:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not a UTF-8 text file: {error}") from None
     except csv.Error as error:
-        raise ValueError(f"{source} is not a list of videos: {error}") from None
+        raise ValueError(
+            f"{source} is not a list of videos: {error}; is a quote not closed?"
+        ) from None
 
 
 def _read(source: Path, text: str, *, split: str | None) -> Annotations:
@@ -61,7 +64,7 @@ def _read(source: Path, text: str, *, split: str | None) -> Annotations:
     header = _split_fields(lines.get(first, ""))
     if "youtube_id" in header and delimiter is not None:
         return _read_official_csv(source, text, delimiter=delimiter, split=split)
-    if split is not None:
+    if split is not None and (delimiter is None or _SPLIT_COLUMN not in header):
         raise ValueError(f"{source} has no splits, so --split {split} does not apply")
     if not lines or not _is_header(lines[first], [lines[where] for where in others]):
         return Annotations(kind="`path label` list", videos=_parse_lines(lines))
@@ -73,6 +76,7 @@ def _read(source: Path, text: str, *, split: str | None) -> Annotations:
     if delimiter is None:
         return Annotations(kind=kind, videos=_parse_lines(lines))
     required = (path_column, label_column) if label_column else (path_column,)
+    rows = list(_table_rows(source, text, delimiter=delimiter, required=required))
     videos = [
         ListedVideo(
             name=row[path_column],
@@ -81,9 +85,10 @@ def _read(source: Path, text: str, *, split: str | None) -> Annotations:
             is_path=True,
             columns=row,
         )
-        for where, row in _table_rows(source, text, delimiter=delimiter, required=required)
+        for where, row in rows
     ]
-    return Annotations(kind=kind, videos=videos)
+    splits = [row.get(_SPLIT_COLUMN) or "" for _, row in rows]
+    return Annotations(kind=kind, videos=select_split(source, videos, splits, split=split))
 
 
 def _read_official_csv(
@@ -111,7 +116,7 @@ def _read_official_csv(
                 columns=row,
             )
         )
-        splits.append(row.get("split") or "")
+        splits.append(row.get(_SPLIT_COLUMN) or "")
     return Annotations(
         kind="official Kinetics CSV", videos=select_split(source, videos, splits, split=split)
     )
@@ -213,7 +218,8 @@ def _table_rows(
     source: Path, text: str, *, delimiter: str, required: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place in the list, row with values stripped); blank lines are skipped."""
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    lines = text.splitlines(keepends=True)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
         where = f"{source.name}:{reader.line_num}"
@@ -222,6 +228,8 @@ def _table_rows(
                 f"{where}: expected the {len(reader.fieldnames)} fields "
                 f"{delimiter.join(reader.fieldnames)}; quote fields that contain {delimiter!r}"
             )
+        if any(len(value.splitlines()) > 1 for value in row.values()):
+            raise ValueError(f"{where}: a field has several lines; is a quote not closed?")
         stripped = {name: value.strip() for name, value in row.items()}
         for name in required:
             if not stripped.get(name):

@@ -148,3 +148,30 @@ def test_ucf101_lists(write):
     assert named(train) == [("Archery/v_Archery_g08_c01.avi", 1), ("Biking/v_B_g08.avi", 2)]
     test = read_annotations(write("Archery/v_Archery_g01_c01.avi\r\nBiking/v_B_g01.avi\r\n"))
     assert named(test) == [("Archery/v_Archery_g01_c01.avi", None), ("Biking/v_B_g01.avi", None)]
+
+
+def test_split_column_of_a_table(write):
+    table = write("path,label,split\na.mp4,yoga,train\nb.mp4,yoga,val\n", "t.csv")
+    assert named(read_annotations(table, split="val")) == [("b.mp4", "yoga")]
+    with pytest.raises(ValueError, match="has the splits train, val; select one with --split"):
+        read_annotations(table)
+    with pytest.raises(ValueError, match="has no split 'test', only train, val"):
+        read_annotations(table, split="test")
+    one = write("path,label,split\na.mp4,yoga,train\n", "one.csv")
+    assert named(read_annotations(one)) == [("a.mp4", "yoga")]
+    without = write("path,label\na.mp4,yoga\n", "without.csv")
+    with pytest.raises(ValueError, match="has no splits, so --split val does not apply"):
+        read_annotations(without, split="val")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'a.mp4,"fight\nb.mp4,b\nc.mp4,c\n',  # to the end
+        'a.mp4,"fight\nb.mp4,b"\nc.mp4,c\n',  # to a later quote
+        'a.mp4,"fight\nb.mp4,"b"\nc.mp4,c\n',
+    ],
+)
+def test_quote_that_is_not_closed_swallows_no_rows(write, rows):
+    with pytest.raises(ValueError, match="is a quote not closed"):
+        read_annotations(write("path,label\n" + rows, "t.csv"))
