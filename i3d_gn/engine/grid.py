@@ -15,8 +15,8 @@ The YAML file of a grid:
         s0: {seed: 0}
 
 The first axis varies fastest, so that a grid that was stopped can already be compared. In a run's
-folder, `grid.json` lists the commands that have succeeded, which are not repeated, and `grid.log`
-is their output. Training itself resumes from its checkpoints.
+folder, `grid.json` lists the commands that have succeeded, which are not repeated unless the config
+has changed, and `grid.log` is their output. Training itself resumes from its checkpoints.
 """
 
 import argparse
@@ -33,30 +33,40 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from i3d_gn.engine.run_dir import DirLock
 from i3d_gn.engine.stop_signals import StopSignals
-from i3d_gn.engine.typed_config import ConfigError
-from i3d_gn.files import printable, write_json
+from i3d_gn.engine.typed_config import ConfigError, find_config
+from i3d_gn.files import file_sha256, printable, write_json
 
 _KEYS = {"config", "commands", "output_dir", "axes"}
 
 
 @dataclass(frozen=True)
 class GridRun:
-    """One combination: its folder, and its commands with their arguments."""
+    """One combination: its folder, its commands with arguments, and the hash of its config."""
 
     folder: Path
     commands: tuple[tuple[str, ...], ...]
+    config_sha256: str
 
     def num_done(self) -> int:
         """How many of the commands have succeeded with these arguments, from the first on."""
         try:
             done = json.loads((self.folder / "grid.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if done["config_sha256"] != self.config_sha256:
+                return 0
+            pairs = zip(done["commands"], map(list, self.commands), strict=False)
+        except (OSError, ValueError, TypeError, KeyError):
             return 0
-        pairs = zip(done, map(list, self.commands), strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def record_done(self, count: int) -> None:
+        """Record that the first `count` commands have succeeded."""
+        done = {"config_sha256": self.config_sha256, "commands": self.commands[:count]}
+        write_json(self.folder / "grid.json", done)
 
 
 def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
@@ -66,11 +76,12 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
     replaces that of the grid.
 
     Raises:
-        ConfigError: The file cannot be read, or is not a grid.
+        ConfigError: The file cannot be read, or is not a grid; a name occurs twice; there is no
+            such config.
     """
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    try:  # unlike yaml, OmegaConf reads 1e-4 as a number, and refuses a key that occurs twice
+        grid = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(grid, dict) or set(grid) != _KEYS:
         raise ConfigError(f"{path} must have the keys {', '.join(sorted(_KEYS))}, and no others")
@@ -80,10 +91,11 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
     if not isinstance(axes, dict) or not axes:
         raise ConfigError(f"{path}: axes is {axes!r}; expected name: {{value: {{key: ...}}}}")
     for name, values in axes.items():
-        if not (isinstance(values, dict) and all(isinstance(v, dict) for v in values.values())):
+        if not (values and isinstance(values, dict) and all(map(_is_dict, values.values()))):
             raise ConfigError(
                 f"{path}: axes.{name} is {values!r}; expected {{value: {{key: ...}}}}"
             )
+    config_sha256 = file_sha256(find_config(str(grid["config"])))
     moved = [o.removeprefix("output_dir=") for o in overrides if o.startswith("output_dir=")]
     output_dir = moved[-1] if moved else str(grid["output_dir"])
     for_all = [o for o in overrides if not o.startswith("output_dir=")]
@@ -93,7 +105,10 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> list[GridRun]:
         folder = Path(output_dir, "-".join(str(value) for value, _ in choice))
         given = [f"{key}={_text(value)}" for _, keys in choice for key, value in keys.items()]
         arguments = (str(grid["config"]), *given, *for_all, f"output_dir={folder}")
-        runs.append(GridRun(folder, tuple((command, *arguments) for command in commands)))
+        of_run = tuple((command, *arguments) for command in commands)
+        if any(run.folder == folder for run in runs):
+            raise ConfigError(f"{path}: two runs have the folder {folder}; change their names")
+        runs.append(GridRun(folder, of_run, config_sha256))
     return runs
 
 
@@ -129,7 +144,7 @@ def run_grid(runs: Sequence[GridRun], *, jobs: int, devices: Sequence[str] = ())
                         failed.append(run)
                         print(printable(f"failed, see {run.folder / 'grid.log'}"), flush=True)
                         continue
-                    write_json(run.folder / "grid.json", run.commands[: run.num_done() + 1])
+                    run.record_done(run.num_done() + 1)
                     if run.num_done() < len(run.commands):
                         waiting.insert(0, run)
                     else:
@@ -155,6 +170,10 @@ def _start(run: GridRun, device: str, jobs: int) -> "subprocess.Popen[bytes]":
             [sys.executable, "-m", "i3d_gn", *run.commands[run.num_done()]],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _text(value: Any) -> str:

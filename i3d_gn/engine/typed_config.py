@@ -68,7 +68,7 @@ def load_typed(
         ConfigError: The file is missing or not YAML; a key is unknown, missing or has a wrong type;
             or what `check` raises.
     """
-    path = _find(path)
+    path = find_config(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: over {_MAX_BYTES // 1000} kB, which no config is")
@@ -95,6 +95,23 @@ def load_typed(
     for key, value, where in given:
         _assign(merged, key, value, where, schema)
     return _checked(merged, path, schema, check)
+
+
+def find_config(path: str | Path) -> Path:
+    """`path`, or the file of the config that comes with the package under this name.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    by_name = config_files()
+    found = by_name.get(path.as_posix().removesuffix(".yaml"))
+    if found is None:
+        names = ", ".join(by_name)
+        raise ConfigError(f"config file not found: {path}; configs known by name are {names}")
+    return found
 
 
 def from_dict(
@@ -204,18 +221,6 @@ def _parse_overrides(overrides: Sequence[str], schema: type) -> list[tuple[str, 
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         parsed += [(inner_key, value, where) for inner_key, value in _flatten(_plain(values))]
     return parsed
-
-
-def _find(path: str | Path) -> Path:
-    path = Path(path)
-    if path.is_file():
-        return path
-    by_name = config_files()
-    found = by_name.get(path.as_posix().removesuffix(".yaml"))
-    if found is None:
-        names = ", ".join(by_name)
-        raise ConfigError(f"config file not found: {path}; configs known by name are {names}")
-    return found
 
 
 def _checked(

@@ -45,7 +45,9 @@ print(os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 @pytest.fixture
-def grid_file(tmp_path):
+def grid_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("train: {lr: 0.1}")
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.format(folder=tmp_path / "runs"))
     return path
@@ -58,7 +60,6 @@ def program(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_first_axis_varies_fastest_and_overrides_are_merged(grid_file, tmp_path)
     runs = read_grid(grid_file, ["data.root=/videos"])
     assert [run.folder.name for run in runs] == ["gn-0", "bn-0", "gn-1", "bn-1"]
     assert runs[3].folder == tmp_path / "runs" / "bn-1"
-    shared = ("base.yaml", "model.norm=bn", "train.lr=1e-4", "model.inflate=true", "seed=1",
+    shared = ("base.yaml", "model.norm=bn", "train.lr=0.0001", "model.inflate=true", "seed=1",
               "data.root=/videos", f"output_dir={tmp_path / 'runs' / 'bn-1'}")  # fmt: skip
     assert runs[3].commands == (("train", *shared), ("evaluate", *shared))
     assert "train.milestones=[1, 2]" in runs[0].commands[0]
@@ -92,6 +93,9 @@ def test_each_command_runs_once(grid_file, program, capfd):
     changed = read_grid(grid_file, ["train.lr=0.2"])  # other arguments: not the same runs
     assert run_grid(changed, jobs=2) == []
     assert all(len(calls(run)) == 4 for run in runs)
+    (program / "base.yaml").write_text("train: {lr: 0.3}")  # nor of another config
+    assert run_grid(read_grid(grid_file, ["train.lr=0.2"]), jobs=2) == []
+    assert all(len(calls(run)) == 6 for run in runs)
 
 
 def test_failed_command_is_repeated_and_others_go_on(grid_file, program, monkeypatch, capfd):
@@ -158,6 +162,10 @@ def test_two_processes_cannot_run_one_grid(grid_file, program):
         ("[train, evaluate]", "train", "commands is 'train'; expected a list"),
         ("{model.norm: gn, train.milestones: [1, 2]}", "gn", "axes.cell is"),
         ("axes:", "axes: {\n", "cannot be read"),
+        ("    bn:", "    gn:", "cannot be read: .*found duplicate key gn"),
+        ("    1: {", "    0/: {", "two runs have the folder .*runs/gn-0; change their names"),
+        ("  seed:\n    0: {seed: 0}\n    1: {seed: 1}", "  seed: {}", "axes.seed is {}; expected"),
+        ("base.yaml", "other.yaml", "config file not found: other.yaml"),
     ],
 )
 def test_malformed_grid_is_one_line(grid_file, old, new, message):
@@ -172,5 +180,6 @@ def test_damaged_record_repeats_the_commands(grid_file, program):
     run_grid(runs, jobs=2)
     (runs[0].folder / "grid.json").write_text("[1")
     assert [run.num_done() for run in runs] == [0, 2, 2, 2]
-    (runs[0].folder / "grid.json").write_text(json.dumps({"a": 1}))
-    assert runs[0].num_done() == 0
+    for content in ({"a": 1}, [["train"]]):
+        (runs[0].folder / "grid.json").write_text(json.dumps(content))
+        assert runs[0].num_done() == 0
