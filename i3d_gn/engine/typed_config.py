@@ -190,7 +190,7 @@ def check_numbers(
     `where` stands before the key in messages.
 
     Raises:
-        ConfigError: A number is out of range, infinite or NaN.
+        ConfigError: A number is out of range, too large for torch, infinite or NaN.
     """
     rules: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
         (at_least_1, lambda number: number >= 1, "be at least 1"),
@@ -202,8 +202,14 @@ def check_numbers(
         for key in keys:
             value = attrgetter(key)(config)
             for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not (holds(number) and math.isfinite(number)):
+                if number is None:
+                    continue
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ConfigError(f"{where}{key} is {number}; it must be finite")
+                if not holds(number):
                     raise ConfigError(f"{where}{key} is {number}; it must {rule}")
+                if abs(number) >= 2**63:  # torch's integers
+                    raise ConfigError(f"{where}{key} is {number}; it must be less than 2**63")
 
 
 def _parse_overrides(overrides: Sequence[str], schema: type) -> list[tuple[str, Any, str]]:

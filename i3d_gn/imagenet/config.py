@@ -116,7 +116,8 @@ def _check_values(config: ImagenetConfig, path: Path) -> None:
             "train.checkpoint_every_epochs",
         ),
         positive=("data.std",),
-        not_negative=("seed", "model.d_max", "data.num_workers", "data.mean"),
+        not_negative=("seed", "model.d_max", "data.num_workers"),
+        up_to_1=("data.mean",),
     )
     check_shared_recipe(config.train, f"{path}: train.")
     if not 0 < data.area_min <= 1:

@@ -190,7 +190,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file is missing or not YAML; a key is unknown, missing or out of range, or
             has a wrong type.
     """
-    return load_typed(path, overrides, Config, _check_values, defaults=defaults_of)
+    return load_typed(path, overrides, Config, _check_values, defaults=_defaults)
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    every = "train.validate_every"
+    if given.get(every) is not None and given.get(f"{every}_epochs") is not None:
+        raise ConfigError(
+            f"{every} {given[every]} and {every}_epochs {given[f'{every}_epochs']} are both set; "
+            f"set one of them, with {every}_epochs=null if the file sets it"
+        )
+    return defaults_of(given)
 
 
 def config_of_checkpoint(
@@ -279,9 +289,9 @@ def _check_values(config: Config, path: Path) -> None:
             "clip.rand_augment",
             "data.max_broken_clips",
             "data.num_workers",
-            "data.mean",
         ),
         up_to_1=(
+            "data.mean",
             "model.dropout",
             "train.label_smoothing",
             "clip.flip_probability",

@@ -309,8 +309,11 @@ def test_global_batch_not_a_multiple_of_clips_per_gpu_is_an_error(tmp_path):
         ("train.milestones={a: 1}", "unknown key 'train.milestones.a'; did you mean 'train.mile"),
         ("model={nrom: bn}", "unknown key 'model.nrom'; did you mean 'model.norm'"),
         ("data=5", "override 'data=5': data is 5; it is a section; set data.<key> instead"),
-        ("train.lr=.nan", "train.lr is nan; it must not be negative"),
-        ("train.lr=.inf", "train.lr is inf; it must not be negative"),
+        ("train.lr=.nan", "train.lr is nan; it must be finite"),
+        ("train.lr=.inf", "train.lr is inf; it must be finite"),
+        ("train.lr=-.inf", "train.lr is -inf; it must be finite"),
+        ("data.timeout_seconds=.inf", "data.timeout_seconds is inf; it must be finite"),
+        ("seed=9223372036854775808", r"seed is 9223372036854775808; it must be less than 2\*\*63"),
         ("train.momentum=1", r"train.momentum is 1.0; it must lie in \[0, 1\)"),
         (
             "train.momentum=0",
@@ -321,6 +324,7 @@ def test_global_batch_not_a_multiple_of_clips_per_gpu_is_an_error(tmp_path):
         ("model.num_groups=0", "model.num_groups is 0; it must be at least 1"),
         ("data.num_workers=-1", "data.num_workers is -1; it must not be negative"),
         ("data.std=[1,0,1]", "data.std is 0.0; it must be positive"),
+        ("data.mean=[123,117,104]", r"data.mean is 123.0; it must lie in \[0, 1\]"),
         ("data.mean=[0.5]", r"data.mean is \[0.5\]; expected three numbers"),
     ],
 )
@@ -387,3 +391,12 @@ def test_config_of_another_checkpoint_is_an_error(small_run, tmp_path):
     saved["config"]["model"]["of_the_future"] = 1
     with pytest.raises(ConfigError, match=r"x\.pt: unknown key 'model\.of_the_future'"):
         config_of_checkpoint(saved, path)
+
+
+def test_interval_of_validation_is_in_steps_or_in_epochs(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    overrides = ["train.validate_every_epochs=0.5", "train.validate_every=7"]
+    with pytest.raises(ConfigError, match="train.validate_every 7 and train.*0.5 are both set"):
+        load_config(path, overrides)
+    train = load_config(path, [*overrides, "train.validate_every_epochs=null"]).train
+    assert (train.validate_every, train.validate_every_epochs) == (7, None)
