@@ -98,7 +98,7 @@ def read_detection_run(folder: Path) -> DetectionRun:
     Raises:
         ValueError: `folder` is not the `output_dir` of a COCO run.
     """
-    config = load_detection_config(config_of_run(folder))
+    config = config_of_run(folder, load_detection_config, "train-coco")
     path = folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return DetectionRun(folder.name, config, results)

@@ -7,13 +7,16 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from i3d_gn.engine.typed_config import ConfigError, differences, to_dict, to_yaml
 from i3d_gn.files import lock_file, write_text
+
+ConfigT = TypeVar("ConfigT")
 
 
 class DirLock:
@@ -112,16 +115,19 @@ def check_same_run(output_dir: Path, config: Any, saved: dict[str, Any] | None) 
         )
 
 
-def config_of_run(folder: Path) -> Path:
-    """The resolved config of the run in `folder`.
+def config_of_run(folder: Path, load: Callable[[Path], ConfigT], command: str) -> ConfigT:
+    """The resolved config of the run of `command` in `folder`, read by `load`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is of another command.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.yaml; pass the output_dir of a training run")
-    return path
+    try:
+        return load(path)
+    except ConfigError as error:
+        raise ValueError(f"{folder} is not a run of i3d-gn {command}: {error}") from error
 
 
 def write_run_config(output_dir: Path, config: Any) -> None:

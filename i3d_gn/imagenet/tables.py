@@ -66,7 +66,7 @@ def read_image_run(folder: Path) -> ImageRun:
     """
     log = read_log(folder / "log.jsonl")
     validations = [line for line in log if line["kind"] == "val"]
-    config = load_imagenet_config(config_of_run(folder))
+    config = config_of_run(folder, load_imagenet_config, "train-imagenet")
     errors = [line["error"] for line in validations]
     finished = len(errors) == config.train.epochs
     return ImageRun(

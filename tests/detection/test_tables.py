@@ -114,3 +114,6 @@ def test_runs_appear_in_their_rows(tmp_path, capsys):
 def test_folder_without_a_run_is_an_error(tmp_path, capsys):
     assert cli.main(["table", "coco", str(tmp_path)]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("output_dir: runs/a\nclip: {num_frames: 8}\n")
+    assert cli.main(["table", "coco", str(tmp_path)]) == 2
+    assert "is not a run of i3d-gn train-coco: " in capsys.readouterr().err

@@ -73,6 +73,9 @@ def test_training_error_of_an_epoch_is_weighted_by_images(tmp_path):
 def test_folder_without_a_run_is_an_error(tmp_path, capsys):
     assert cli.main(["table", str(tmp_path)]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("output_dir: runs/a\nclip: {num_frames: 8}\n")
+    assert cli.main(["table", str(tmp_path)]) == 2
+    assert "is not a run of i3d-gn train-imagenet: " in capsys.readouterr().err
 
 
 def test_training_error_of_epochs_shorter_than_a_log_line():

@@ -120,7 +120,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         ValueError: `folder` is not the `output_dir` of a run, or its scores are damaged.
     """
-    config = load_config(config_of_run(folder))
+    config = config_of_run(folder, load_config, "train")
     found = find_test(folder, config)
     return Run(
         name=name or folder.name,
