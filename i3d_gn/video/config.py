@@ -194,11 +194,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    every = "train.validate_every"
-    if given.get(every) is not None and given.get(f"{every}_epochs") is not None:
+    steps, epochs = "train.validate_every", "train.validate_every_epochs"
+    keys = list(given)  # in the order in which they were set
+    if given.get(epochs) is not None and steps in keys[keys.index(epochs) :]:
         raise ConfigError(
-            f"{every} {given[every]} and {every}_epochs {given[f'{every}_epochs']} are both set; "
-            f"set one of them, with {every}_epochs=null if the file sets it"
+            f"{steps} {given[steps]} has no effect, since {epochs} is {given[epochs]}; add "
+            f"{epochs}=null"
         )
     return defaults_of(given)
 

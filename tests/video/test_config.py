@@ -396,7 +396,9 @@ def test_config_of_another_checkpoint_is_an_error(small_run, tmp_path):
 def test_interval_of_validation_is_in_steps_or_in_epochs(tmp_path):
     path = write(tmp_path, MINIMAL)
     overrides = ["train.validate_every_epochs=0.5", "train.validate_every=7"]
-    with pytest.raises(ConfigError, match="train.validate_every 7 and train.*0.5 are both set"):
+    with pytest.raises(ConfigError, match="train.validate_every 7 has no effect, since .* is 0.5"):
         load_config(path, overrides)
     train = load_config(path, [*overrides, "train.validate_every_epochs=null"]).train
     assert (train.validate_every, train.validate_every_epochs) == (7, None)
+    train = load_config(path, overrides[::-1]).train  # the last one counts
+    assert train.validate_every_epochs == 0.5
