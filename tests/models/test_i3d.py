@@ -350,3 +350,14 @@ def test_channels_last_autocast_and_deepcopy():
         low = last(clips)
     assert low.dtype == torch.bfloat16
     assert F.cosine_similarity(low.float().flatten(), expected.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize(("norm", "is_same"), [("gn", True), ("bn", False)])
+def test_clip_in_training_alone_and_in_a_batch(norm, is_same):
+    torch.manual_seed(0)
+    model = i3d_tiny(norm=norm, num_classes=4, dropout=0.0, zero_init_last_norm=False)
+    clips = torch.randn(3, 3, 8, 64, 64) + torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1, 1, 1)
+    with torch.no_grad():
+        together = model.pooled_features(clips)
+        alone = torch.cat([model.pooled_features(clip[None]) for clip in clips])
+    assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5) == is_same
