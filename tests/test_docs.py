@@ -17,9 +17,10 @@ def test_code_of_the_page_on_extending_runs():
     blocks = code_of("extend.md")
     for block in blocks:
         exec(compile(block, "extend.md", "exec"), names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert names["logits"].shape == (1, 10)
     assert names["map_size"] == (4, 7, 7)
+    assert names["features"].shape == (2, 64)
     indices = names["indices"]
     assert (indices // 37.5 == np.arange(8)).all()  # one in each eighth of 300 frames
     assert 15 <= sum(sample.item >= 98 for sample in names["batch"]) <= 49  # half of 64
