@@ -64,9 +64,10 @@ def _read(source: Path, text: str, *, split: str | None) -> Annotations:
     header = _split_fields(lines.get(first, ""))
     if "youtube_id" in header and delimiter is not None:
         return _read_official_csv(source, text, delimiter=delimiter, split=split)
-    if split is not None and (delimiter is None or _SPLIT_COLUMN not in header):
+    is_table = bool(lines) and _is_header(lines[first], [lines[where] for where in others])
+    if split is not None and not (is_table and delimiter and _SPLIT_COLUMN in header):
         raise ValueError(f"{source} has no splits, so --split {split} does not apply")
-    if not lines or not _is_header(lines[first], [lines[where] for where in others]):
+    if not is_table:
         return Annotations(kind="`path label` list", videos=_parse_lines(lines))
     del lines[first]
     path_column, label_column = _choose_columns(source, header)
@@ -143,6 +144,7 @@ def _is_header(first_line: str, other_lines: Sequence[str]) -> bool:
 
 def _choose_columns(source: Path, header: Sequence[str]) -> tuple[str, str | None]:
     """The columns of paths and of labels, the latter None if there is only one column."""
+    header = [name for name in header if name != _SPLIT_COLUMN]
     path_column, label_column = _first_of(_PATH_COLUMNS, header), _first_of(_LABEL_COLUMNS, header)
     if len(header) == 1:
         return header[0], None

@@ -159,6 +159,8 @@ def test_split_column_of_a_table(write):
         read_annotations(table, split="test")
     one = write("path,label,split\na.mp4,yoga,train\n", "one.csv")
     assert named(read_annotations(one)) == [("a.mp4", "yoga")]
+    no_labels = write("path,split\nyoga/a.mp4,train\nyoga/b.mp4,val\n", "no_labels.csv")
+    assert named(read_annotations(no_labels, split="val")) == [("yoga/b.mp4", None)]
     without = write("path,label\na.mp4,yoga\n", "without.csv")
     with pytest.raises(ValueError, match="has no splits, so --split val does not apply"):
         read_annotations(without, split="val")
