@@ -135,11 +135,13 @@ def hang():
 def stop_while_handing_over():
     """Announce an item, but stop before its tensor is collected."""
 
-    def stops(_sharer):
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGSTOP)
+    class Stops(resource_sharer._ResourceSharer):
+        def _serve(self):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGSTOP)
 
-    resource_sharer._ResourceSharer._serve = stops  # of this worker alone
+    # Of this worker alone; the one of before may serve an earlier item already.
+    resource_sharer._resource_sharer = Stops()
 
 
 @pytest.mark.parametrize(
