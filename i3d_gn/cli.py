@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 
@@ -62,8 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         help="`i3d-gn COMMAND --help` lists them",
     )
     args = parser.parse_args(argv)
+    arguments = [_as_path(argument) for argument in args.arguments]
     # Importing a command takes time, in which a signal may arrive too.
-    return run_command(lambda: pkgutil.resolve_name(COMMANDS[args.command][0])(args.arguments))
+    return run_command(lambda: pkgutil.resolve_name(COMMANDS[args.command][0])(arguments))
+
+
+def _as_path(argument: str) -> str:
+    """Video names may begin with `-`, as ids of YouTube do; argparse takes them for options."""
+    is_file = argument.startswith("-") and len(argument) > 2 and os.path.lexists(argument)
+    return f"./{argument}" if is_file else argument
 
 
 if __name__ == "__main__":

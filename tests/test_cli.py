@@ -64,6 +64,14 @@ def test_os_error_is_one_line_and_exit_status_2(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["-videos", "--0abcABC123"])
+def test_names_that_begin_with_a_hyphen(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name / "a class").mkdir(parents=True)
+    assert cli.main(["resize", name, "small"]) == 2
+    assert f"no videos found below {tmp_path / name}" in capsys.readouterr().err
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--help"])
