@@ -1,14 +1,11 @@
 """The process group of a `torchrun` launch; every function also works in a single process."""
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import logging
 import os
 import re
-import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+from i3d_gn.engine.stop_signals import end_with_parent
+
 # In messages of gloo, most of which name a file of its own.
 _LOST = ("gloo", "pair closure", "onnection closed by peer", "onnection reset by peer")
 
@@ -61,7 +59,7 @@ def init_process_group(*, timeout_minutes: float) -> Iterator[Process]:
     if rank:
         logging.getLogger("i3d_gn").setLevel(logging.WARNING)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent()
+        end_with_parent()  # a killed torchrun must not leave ranks training
     if world_size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -179,12 +177,6 @@ def gather_on_main(value: T, process: Process) -> list[T]:
     gathered = [value] * process.world_size if process.is_main else []
     dist.gather_object(value, gathered if process.is_main else None, dst=0)
     return gathered
-
-
-def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM when torchrun dies: a killed launcher must not leave ranks training."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def barrier() -> None:

@@ -37,7 +37,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from i3d_gn.engine.run_dir import DirLock
-from i3d_gn.engine.stop_signals import StopSignals
+from i3d_gn.engine.stop_signals import StopSignals, end_with_parent
 from i3d_gn.engine.typed_config import ConfigError, find_config
 from i3d_gn.files import file_sha256, printable, write_json
 
@@ -169,6 +169,7 @@ def _start(run: GridRun, device: str, jobs: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             [sys.executable, "-m", "i3d_gn", *run.commands[run.num_done()]],
             stdout=log, stderr=log, env=environment, start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 (there is one thread)
         )  # fmt: skip
 
 

@@ -6,14 +6,17 @@ Schedulers announce preemption with SIGTERM, SIGUSR1 or SIGHUP, and people press
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class Stopped(BaseException):
@@ -62,3 +65,9 @@ class StopSignals:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent process ends, even if that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
