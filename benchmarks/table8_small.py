@@ -1,11 +1,11 @@
 """Table 8 of Group Normalization in small: table and curves of docs/results/table8_small.md.
 
-Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml`, of the folds that are finished
-in all cells: first the six of the paper, then all. Their folders are named <cell>-<fold>, and cells
-<norm>_<frames>x<stride>_<clips per worker>.
+Reads the runs of `i3d-gn grid benchmarks/grids/table8_small.yaml`, one folder for each seed, of the
+folds that are finished in all cells: first the six of the paper, then all. Their folders are named
+<cell>-<fold>, and cells <norm>_<frames>x<stride>_<clips per worker>.
 
-    python benchmarks/table8_small.py runs/table8_small --groups data/fight_surv/list.csv \
-        --figure docs/results/table8_small.png
+    python benchmarks/table8_small.py runs/table8_small runs/table8_small_s1 \
+        --groups data/fight_surv/list.csv --figure docs/results/table8_small.png
 """
 
 import argparse
@@ -19,7 +19,6 @@ from i3d_gn.engine.figures import save_figure
 from i3d_gn.engine.markdown import markdown_table
 from i3d_gn.engine.run_log import read_log
 from i3d_gn.video.compare import (
-    Entry,
     accuracy,
     comparison,
     difference,
@@ -36,40 +35,57 @@ COLORS = {"8x4_8": "#0072b2", "8x4_4": "#d55e00", "16x2_4": "#009e73"}  # of Oka
 
 
 Runs = dict[str, list[Path]]  # of each cell
+Fold = tuple[Path, str]  # folder of a seed, name
 
 
-def finished(folder: Path) -> dict[str, dict[str, Path]]:
+def finished(folders: list[Path]) -> dict[str, dict[Fold, Path]]:
     """Cell -> fold -> its run, of those that have been tested."""
-    runs: dict[str, dict[str, Path]] = defaultdict(dict)
-    for results in sorted(folder.glob("*/test_*/results.json")):
-        cell, _, fold = results.parent.parent.name.partition("-")
-        runs[cell][fold] = results.parent.parent
+    runs: dict[str, dict[Fold, Path]] = defaultdict(dict)
+    for folder in folders:
+        for results in sorted(folder.glob("*/test_*/results.json")):
+            cell, _, fold = results.parent.parent.name.partition("-")
+            runs[cell][folder, fold] = results.parent.parent
     return runs
 
 
-def on_common_folds(runs: dict[str, dict[str, Path]]) -> Runs:
+def on_common_folds(runs: dict[str, dict[Fold, Path]]) -> Runs:
     """Cell -> its runs, of the folds that have been tested in every cell."""
     folds = sorted(set.intersection(*map(set, runs.values()))) if runs else []
     return {cell: [of_cell[fold] for fold in folds] for cell, of_cell in runs.items()}
 
 
-def main_table(entries: dict[str, Entry], groups: dict[str, str]) -> str:
+def of_each_seed(cell: str, runs: list[Path], folders: list[Path]) -> str:
+    """The accuracies of a cell with one seed each, where there is more than one."""
+    seeds = [[run for run in runs if run.parent == folder] for folder in folders]
+    entries = [read_entry(cell, of_seed) for of_seed in seeds if of_seed]
+    if len(entries) < 2:
+        return ""
+    return " (" + ", ".join(f"{accuracy(entry, {}).value:.1f}" for entry in entries) + ")"
+
+
+def main_table(cells: Runs, folders: list[Path], groups: dict[str, str]) -> str:
     """The six cells in the layout of Table 8, and GN against BN in each column."""
+    entries = {cell: read_entry(cell, cells[cell]) for cell in cells}
     rows = [["", *(name.replace("_", ", ") + " clips per worker" for name in COLUMNS)]]
     for norm in ("bn", "gn"):
         paper = [f"{value:.1f}" for value in PAPER[norm]]
         rows.append([f"{norm.upper()}, paper (32x2, 8; 32x2, 4; 64x1, 4)", *paper])
-        here = [entries.get(f"{norm}_{column}") for column in COLUMNS]
-        cells = ["not run" if entry is None else str(accuracy(entry, groups)) for entry in here]
-        rows.append([f"{norm.upper()}, here", *cells])
+        here = [f"{norm}_{column}" for column in COLUMNS]
+        values = [
+            f"{accuracy(entries[cell], groups)}{of_each_seed(cell, cells[cell], folders)}"
+            if cell in cells
+            else "not run"
+            for cell in here
+        ]
+        rows.append([f"{norm.upper()}, here", *values])
     last = ["GN - BN, here"]
     for column in COLUMNS:
         gn, bn = entries.get(f"gn_{column}"), entries.get(f"bn_{column}")
         if gn is None or bn is None:
             last.append("")
             continue
-        p = mcnemar(*discordant(gn, bn))
-        last.append(f"{difference(gn, bn, groups)}, p = {p:.2f}")
+        p = f", p = {mcnemar(*discordant(gn, bn)):.2f}" if gn.once and bn.once else ""
+        last.append(f"{difference(gn, bn, groups)}{p}")
     return markdown_table([*rows, last])
 
 
@@ -103,7 +119,7 @@ def draw_curves(cells: Runs, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="output_dir of the grid, for each seed")
     parser.add_argument("--groups", type=Path, required=True)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -111,7 +127,7 @@ def main() -> None:
     runs = finished(args.runs)
     six = {f"{norm}_{column}" for norm in PAPER for column in COLUMNS}
     cells = on_common_folds({cell: of_cell for cell, of_cell in runs.items() if cell in six})
-    print(main_table({cell: read_entry(cell, cells[cell]) for cell in cells}, groups), "\n")
+    print(main_table(cells, args.runs, groups), "\n")
     entries = {cell: read_entry(cell, paths) for cell, paths in on_common_folds(runs).items()}
     reference = "bn_8x4_8"
     rest = [entries[cell] for cell in sorted(entries) if cell != reference]
