@@ -7,7 +7,6 @@ It must have no other threads.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import math
@@ -30,6 +29,7 @@ from reliability import FaultError
 from i3d_gn import cli
 from i3d_gn.engine.checkpoint import list_checkpoints, load_checkpoint
 from i3d_gn.engine.run_log import read_log
+from i3d_gn.engine.stop_signals import end_with_parent
 
 # What commands import when they run.
 for _name in (
@@ -65,7 +65,6 @@ train:
 test: {{num_clips: 3, short_side: 40, clips_per_forward: 2}}
 output_dir: {output}
 """
-_PR_SET_PDEATHSIG = 1
 
 
 class Command:
@@ -97,7 +96,7 @@ class Command:
     ) -> None:
         status = 70
         try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with_parent(signal.SIGKILL)
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for descriptor in (1, 2):
                 os.dup2(output, descriptor)

@@ -11,6 +11,7 @@ folds that are finished in all cells: first the six of the paper, then all. Thei
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,9 +59,8 @@ def of_each_seed(cell: str, runs: list[Path], folders: list[Path]) -> str:
     """The accuracies of a cell with one seed each, where there is more than one."""
     seeds = [[run for run in runs if run.parent == folder] for folder in folders]
     entries = [read_entry(cell, of_seed) for of_seed in seeds if of_seed]
-    if len(entries) < 2:
-        return ""
-    return " (" + ", ".join(f"{accuracy(entry, {}).value:.1f}" for entry in entries) + ")"
+    values = [f"{100 * fmean(entry.correct.values()):.1f}" for entry in entries]
+    return f" ({', '.join(values)})" if len(values) > 1 else ""
 
 
 def main_table(cells: Runs, folders: list[Path], groups: dict[str, str]) -> str:

@@ -67,7 +67,7 @@ class StopSignals:
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
 
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent process ends, even if that was killed."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Ask Linux for a signal when the parent process ends, even if that was killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
